@@ -1,0 +1,84 @@
+# The only commands a person has to know. `make` lists them.
+PROFILE ?= cpu
+PARAMS ?=
+PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := build/venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+RUNS := $(NOTEBOOKS:notebooks/%.ipynb=build/$(PROFILE)/notebooks/%.ipynb)
+run = build/$(PROFILE)/notebooks/$(1).ipynb
+
+# kernels that torch compiles are kept, so that only the first run pays for them
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/build/inductor
+export MPLBACKEND := agg
+export TOKENIZERS_PARALLELISM := false
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+$(VENV)/.done: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "specdec needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 2; }
+	rm -f $@
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: env
+env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
+
+.PHONY: reproduce
+reproduce: $(RUNS) ## train, run every notebook, write results/ and the README's numbers (40 min)
+ifeq ($(PROFILE),cpu)
+	@$(BIN)/python -m specdec.report
+endif
+
+# What each notebook needs before it: the models of 02, and for 07 the benchmark of 06.
+GROUND := $(addprefix specdec/,__init__.py theory.py sampling.py data.py model.py checkpoint.py profiles.py train.py report.py)
+ENGINE := $(GROUND) $(addprefix specdec/,inference.py drafting.py engine.py bench.py)
+$(call run,01_data): $(addprefix specdec/,data.py profiles.py report.py)
+$(call run,02_model_and_training): $(GROUND) $(call run,01_data)
+$(call run,03_speculative_decoding): $(ENGINE) $(call run,02_model_and_training)
+$(call run,04_losslessness): $(ENGINE) $(call run,02_model_and_training)
+$(call run,05_kv_cache_rollback): $(ENGINE) $(call run,02_model_and_training)
+$(call run,06_benchmark): $(ENGINE) $(call run,02_model_and_training)
+$(call run,07_distillation): $(ENGINE) specdec/distill.py $(call run,06_benchmark)
+
+# Notebooks measure, so they never run side by side.
+.NOTPARALLEL:
+build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb | $(VENV)/.done
+	@mkdir -p $(@D)
+	@echo "$* ($(PROFILE))"
+	@$(BIN)/python -m specdec.notebooks run $< $@ profile=$(PROFILE) $(PARAMS)
+
+.PHONY: test
+test: $(VENV)/.done ## the tests and every notebook in the ci profile (10 min)
+	$(BIN)/python -m pytest tests
+	SPECDEC_PROFILE=ci SPECDEC_BUILD=build/test SPECDEC_RESULTS=build/test/results \
+	  $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
+
+.PHONY: refresh
+refresh: $(VENV)/.done ## put the outputs of the last `make reproduce` into notebooks/
+	$(BIN)/python -m specdec.notebooks refresh build/$(PROFILE)/notebooks notebooks
+
+.PHONY: html
+html: $(VENV)/.done ## the executed notebooks as pages with an index, in build/cpu/html
+	@mkdir -p build/$(PROFILE)/html
+	$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir build/$(PROFILE)/html build/$(PROFILE)/notebooks/*.ipynb
+	$(BIN)/python -m specdec.notebooks index build/$(PROFILE)/html
+
+.PHONY: lab
+lab: $(VENV)/.done ## JupyterLab on the notebooks
+	MPLBACKEND= $(BIN)/jupyter lab notebooks
+
+.PHONY: clean
+clean: ## remove everything that can be made again
+	rm -rf build

@@ -1,0 +1,156 @@
+"""The three named sizes of the whole experiment: `ci` (seconds), `cpu` (the default), `seed` (the original, on a GPU).
+
+The only place where such numbers are written. A profile is frozen: to change one thing for an experiment, use
+``dataclasses.replace`` and give the result another name.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from .data import DataConfig
+from .model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training with its own warm-up and its own decay of the learning rate."""
+
+    iterations: int  # optimizer steps
+    warmup: int  # steps of linear warm-up at the start of the phase
+    learning_rate: float  # peak
+    weight_decay: float  # on matrices only
+    accumulation: int  # micro-batches per optimizer step
+    batch_size: int  # sequences per micro-batch
+    evaluate_every: int  # optimizer steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one model is trained: its phases, one after another, and what they share."""
+
+    phases: tuple[Phase, ...]
+    block_size: int  # tokens per sequence
+    decay: str = "cosine"  # within each phase, down to final_fraction of the peak; or "constant"
+    final_fraction: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    evaluation_batches: int = 8
+    checkpoint_seconds: float = 120.0  # at least this often, so that a cut loses little
+    compile: bool = False  # torch.compile the training step
+    seed: int = 1337
+
+    @property
+    def iterations(self) -> int:
+        return sum(phase.iterations for phase in self.phases)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read by the whole schedule, in one process."""
+        return sum(p.iterations * p.accumulation * p.batch_size for p in self.phases) * self.block_size
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What the three scenarios are measured on."""
+
+    n_prompts: int  # held-out prompts
+    prompt_tokens: int
+    new_tokens: int  # per prompt and arm, stop tokens off
+    ks: tuple[int, ...]  # drafted tokens per round, swept
+    n_sweep_prompts: int  # prompts of the sweep over k; the best k is then measured on all of them
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    dtype: str = "auto"  # bfloat16 where the machine multiplies it natively, else float32
+    seed: int = 2024
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that defines one run of the report."""
+
+    name: str
+    data: DataConfig
+    models: dict[str, ModelConfig]  # "target", "small", "medium"
+    schedules: dict[str, Schedule]  # the same keys
+    distillation: Schedule  # of the small draft; its control gets the same steps of plain cross-entropy
+    bench: BenchConfig = field(repr=False)
+
+
+_CI = Profile(
+    name="ci",
+    data=DataConfig(source="sotu", max_documents=24, n_merges=255),  # 256 bytes + 255 merges + 1 = 512 ids
+    models={
+        "target": ModelConfig(3, 4, 64, 2, vocab_size=512, n_ids=512, context=128, dropout=0.0),
+        "small": ModelConfig(1, 2, 32, 1, vocab_size=512, n_ids=512, context=128, dropout=0.0),
+        "medium": ModelConfig(2, 4, 48, 2, vocab_size=512, n_ids=512, context=128, dropout=0.0),
+    },
+    schedules={
+        role: Schedule((Phase(60, 5, 3e-3, 0.1, 1, 8, 20),), block_size=64, evaluation_batches=2)
+        for role in ("target", "small", "medium")
+    },
+    distillation=Schedule((Phase(40, 5, 2e-3, 0.1, 1, 8, 20),), block_size=64, evaluation_batches=2),
+    bench=BenchConfig(n_prompts=4, prompt_tokens=16, new_tokens=24, ks=(1, 2, 4), n_sweep_prompts=2),
+)
+
+# Depths as in the seed (12, 2, 6), widths halved or less, and a vocabulary that two cores can afford. Less than one
+# pass over the text, so there is nothing for dropout to regularise.
+_CPU = Profile(
+    name="cpu",
+    data=DataConfig(source="sotu", n_merges=3839),  # 256 bytes + 3839 merges + 1 = 4096 ids
+    models={
+        "target": ModelConfig(12, 8, 384, 2, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
+        "small": ModelConfig(2, 4, 128, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
+        "medium": ModelConfig(6, 8, 256, 2, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
+    },
+    schedules={
+        "target": Schedule((Phase(700, 50, 1.5e-3, 0.1, 1, 8, 100),), block_size=256, compile=True),
+        "small": Schedule((Phase(1500, 50, 3e-3, 0.1, 1, 8, 250),), block_size=256, compile=True),
+        "medium": Schedule((Phase(600, 50, 2e-3, 0.1, 1, 8, 100),), block_size=256, compile=True),
+    },
+    distillation=Schedule((Phase(700, 30, 2e-3, 0.1, 1, 8, 100),), block_size=256, compile=True),
+    bench=BenchConfig(
+        n_prompts=32, prompt_tokens=32, new_tokens=96, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=6
+    ),
+)
+
+_SEED = Profile(
+    name="seed",
+    data=DataConfig(source="openwebtext", max_bytes=8 << 30),  # all of GPT-2's 50,257 ids
+    models={
+        "target": ModelConfig(12, 12, 768, 3),
+        "small": ModelConfig(2, 4, 256, 1),
+        "medium": ModelConfig(6, 8, 512, 2),
+    },
+    schedules={
+        "target": Schedule(
+            (
+                Phase(10_000, 200, 3e-4, 0.10, 32, 8, 500),
+                Phase(30_000, 0, 3e-4, 0.15, 32, 8, 500),
+                Phase(50_000, 1_000, 6e-5, 0.10, 16, 16, 500),
+                Phase(40_000, 500, 2e-5, 0.08, 16, 16, 500),
+            ),
+            block_size=1024, evaluation_batches=64, compile=True,
+        ),
+        "small": Schedule(
+            (Phase(40_000, 1_000, 3e-4, 0.1, 16, 16, 500),), block_size=1024, evaluation_batches=64, compile=True
+        ),
+        "medium": Schedule(
+            (Phase(40_000, 2_000, 3e-4, 0.1, 16, 16, 500),), block_size=1024, evaluation_batches=64, compile=True
+        ),
+    },
+    distillation=Schedule(
+        (Phase(10_000, 200, 3e-4, 0.1, 16, 16, 500),), block_size=1024, evaluation_batches=64, compile=True
+    ),
+    bench=BenchConfig(
+        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=8
+    ),
+)  # fmt: skip
+
+PROFILES = {profile.name: profile for profile in (_CI, _CPU, _SEED)}
+
+
+def get_profile(name: str | None = None) -> Profile:
+    """The profile of that name; None takes $SPECDEC_PROFILE, else `cpu`. ValueError for an unknown name."""
+    name = name or os.environ.get("SPECDEC_PROFILE") or "cpu"
+    if name not in PROFILES:
+        raise ValueError(f"there is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
+    return PROFILES[name]

@@ -1,0 +1,294 @@
+"""Everything that the report shows: house style of the figures, results with provenance, the README's numbers.
+
+The only module that writes to ``results/``. A result is one JSON with the keys ``params``, ``values``, ``provenance``,
+and its raw rows as CSV beside it.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import seaborn as sns
+import torch
+
+from .data import write_json
+
+_PALETTE = sns.color_palette("colorblind")
+COLORS = {  # one meaning, one colour, everywhere
+    "target": _PALETTE[0],
+    "draft": _PALETTE[1],
+    "speculative": _PALETTE[2],
+    "rejected": _PALETTE[3],
+    "medium": _PALETTE[4],
+    "unused": "0.88",
+    "theory": "0.3",
+}
+THEORY = {"color": COLORS["theory"], "linestyle": "--", "marker": ""}
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+_CELL = {"value": None, "ci95": None, "k": None}
+HEADLINE = {  # the figures that the README quotes; null until measured
+    "speedup": {"T0": _CELL, "T1": _CELL},
+    "speedup_distilled": {"T0": _CELL, "T1": _CELL},
+    "tokens_per_second": {"A": None, "B": None, "C": None},
+    "alpha": {"T0": None, "T1": None},
+    "alpha_distilled": {"T0": None, "T1": None},
+    "alpha_control": {"T0": None, "T1": None},
+    "tokens_per_round": {"T0": None, "T1": None},
+    "c": None,
+    "v5": None,
+    "v9": None,
+    "o": None,
+    "prediction_r2": None,
+    "roofline_fraction": None,
+    "aa_ratio": None,
+    "lossless": {"checks": None, "failed": None, "controls": None, "controls_rejected": None},
+    "peers": {"transformers_generate": None, "transformers_assisted": None, "transformers_prompt_lookup": None},
+    "provenance": None,
+}
+
+
+def style() -> None:
+    """Put the house style in force; call it once per notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update({
+        "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (7, 3.6), "figure.dpi": 96,
+        "savefig.facecolor": "white", "legend.frameon": False, "svg.hashsalt": "specdec", "lines.linewidth": 1.8,
+        "axes.titlesize": "medium", "figure.constrained_layout.use": True,
+    })  # fmt: skip
+
+
+def results_dir() -> Path:
+    """Where results go: $SPECDEC_RESULTS, else ``results/`` of the repository."""
+    return Path(os.environ.get("SPECDEC_RESULTS") or ROOT / "results")
+
+
+def record(
+    profile: str,
+    experiment: str,
+    *,
+    params: dict,
+    values: dict,
+    rows: list[dict] | None = None,
+    seed: int | None = None,
+    seconds: float | None = None,
+) -> Path:
+    """Write ``results/<profile>/<experiment>.json``, and ``rows`` as CSV beside it; NaN becomes null."""
+    folder = results_dir() / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"params": params, "values": values, "provenance": provenance(profile, seed=seed, seconds=seconds)}
+    if rows:
+        fields = list(dict.fromkeys(key for row in rows for key in row))
+        text = StringIO()
+        writer = csv.DictWriter(text, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        _write_text(folder / f"{experiment}.csv", text.getvalue())
+    path = folder / f"{experiment}.json"
+    write_json(path, _plain(content))
+    return path
+
+
+def load(profile: str, experiment: str) -> dict:
+    """What `record` wrote; ValueError if that experiment has not been run."""
+    path = results_dir() / profile / f"{experiment}.json"
+    if not path.exists():
+        raise ValueError(f"results/{profile}/{experiment}.json is not there; run `make reproduce PROFILE={profile}`.")
+    return json.loads(path.read_text())
+
+
+def load_rows(profile: str, experiment: str) -> list[dict]:
+    """The CSV beside a result, numbers as floats."""
+    path = results_dir() / profile / f"{experiment}.csv"
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def save_figure(figure, profile: str, name: str) -> Path:
+    """``results/<profile>/<name>.png``, the same bytes for the same picture."""
+    path = results_dir() / profile / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+    return path
+
+
+def update_headline(profile: str, **values) -> Path:
+    """Merge ``values`` into ``headline.json``; what is not known yet stays null. ValueError for an unknown key."""
+    path = results_dir() / profile / "headline.json"
+    current = json.loads(path.read_text()) if path.exists() else json.loads(json.dumps(HEADLINE))
+    unknown = set(values) - set(HEADLINE)
+    if unknown:
+        raise ValueError(f"the headline has no {', '.join(sorted(unknown))}; its keys are {', '.join(HEADLINE)}.")
+    current |= _plain(values) | {"provenance": provenance(profile)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {key: current[key] for key in HEADLINE})
+    return path
+
+
+def provenance(profile: str, *, seed: int | None = None, seconds: float | None = None) -> dict:
+    """What someone needs to judge or repeat a number; no paths, no host names."""
+
+    def git(*command):
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "tiktoken", "datasets"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    changed = git("status", "--porcelain", "--", "specdec", "notebooks", "requirements.lock")
+    return {
+        "profile": profile,
+        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "machine": machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "versions": versions,
+        "seed": seed,
+        "seconds": seconds,
+    }
+
+
+def machine() -> str:
+    """The processor's name, and the accelerator's if there is one."""
+    name = platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        for line in open("/proc/cpuinfo"):
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def readme_block() -> str:
+    """The README's results, made from ``results/`` and nothing else."""
+    parts = []
+    for profile, label in (("cpu", "two CPU cores, `cpu` profile"), ("seed", "one GPU, the seed's sizes, `seed` profile")):
+        path = results_dir() / profile / "headline.json"
+        parts.append(f"### {label}\n")
+        if not path.exists():
+            parts.append("Not measured yet.\n")
+            continue
+        parts.append(_headline_tables(json.loads(path.read_text())))
+        if (results_dir() / profile / "headline.png").exists():
+            parts.append(f"![headline figure](results/{profile}/headline.png)\n")
+        parts.append(_losing_cells(profile))
+    return "\n".join(parts)
+
+
+def write_readme(path: Path = ROOT / "README.md") -> None:
+    """Replace what stands between the markers of the README; leaves the file alone when nothing changed."""
+    text = path.read_text()
+    new = with_block(text, readme_block())
+    if new != text:
+        _write_text(path, new)
+
+
+def with_block(text: str, block: str) -> str:
+    head, _, rest = text.partition(BEGIN)
+    _, found, tail = rest.partition(END)
+    if not found:
+        raise ValueError(f"the README lacks the markers {BEGIN} and {END}; put them where the results belong.")
+    return f"{head}{BEGIN}\n{block}{END}{tail}"
+
+
+def _headline_tables(h: dict) -> str:
+    def speed(cell):
+        if cell["value"] is None:
+            return "not measured yet"
+        return f"**{cell['value']:.2f}×** [{cell['ci95'][0]:.2f}, {cell['ci95'][1]:.2f}], k = {cell['k']}"
+
+    def number(value, digits=2):
+        return "not measured yet" if value is None else f"{value:.{digits}f}"
+
+    def pair(key):
+        return f"{number(h[key]['T0'])} | {number(h[key]['T1'])}"
+
+    seconds, lossless = h["tokens_per_second"], h["lossless"]
+    lines = [
+        "| | temperature 0 | temperature 1 |",
+        "|---|---|---|",
+        f"| speed-up C ÷ A, small draft as trained | {speed(h['speedup']['T0'])} | {speed(h['speedup']['T1'])} |",
+        f"| speed-up C ÷ A, small draft distilled | {speed(h['speedup_distilled']['T0'])} "
+        f"| {speed(h['speedup_distilled']['T1'])} |",
+        f"| α as trained | {pair('alpha')} |",
+        f"| α distilled | {pair('alpha_distilled')} |",
+        f"| α control, same extra steps of cross-entropy | {pair('alpha_control')} |",
+        f"| tokens per round, as trained | {pair('tokens_per_round')} |",
+        "",
+        f"Tokens per second at temperature 1: A (target alone) {number(seconds['A'], 0)}, B (draft alone) "
+        f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step: draft step "
+        f"c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the rest of "
+        f"a round o = {number(h['o'], 3)}. The target against itself (A/A): {number(h['aa_ratio'], 3)}. Predicted against "
+        f"measured speed-up: R² = {number(h['prediction_r2'])}.",
+        "",
+    ]
+    if lossless["checks"] is not None:
+        lines += [
+            f"Losslessness: {lossless['checks']} checks, {lossless['failed']} failed; {lossless['controls']} deliberate "
+            f"mistakes, {lossless['controls_rejected']} rejected.",
+            "",
+        ]
+    if h["provenance"]:
+        p = h["provenance"]
+        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}.", ""]
+    return "\n".join(lines)
+
+
+def _losing_cells(profile: str) -> str:
+    cells = load_rows(profile, "benchmark_cells") + load_rows(profile, "distillation_cells")
+    losing = [c for c in cells if isinstance(c.get("k"), float) and c["speedup"] < 1]
+    measured = [c for c in cells if isinstance(c.get("k"), float)]
+    if not measured:
+        return ""
+    lines = [f"Cells in which speculation loses: {len(losing)} of {len(measured)}.", ""]
+    if losing:
+        lines += ["| draft | temperature | k | speed-up |", "|---|---|---|---|"]
+        lines += [f"| {c['draft']} | {c['temperature']:g} | {c['k']:g} | {c['speedup']:.2f}× |" for c in losing]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    """JSON's own types; numbers that JSON lacks become null, long decimals six digits."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    matplotlib.use("agg")
+    write_readme()
