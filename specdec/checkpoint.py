@@ -24,7 +24,7 @@ def save_model(model: Transformer, folder: Path, info: dict) -> None:
     (folder / "config.json").unlink(missing_ok=True)  # incomplete from here on
     temporary = folder / "model.safetensors.partial"
     save_file({name: w.detach().contiguous().cpu() for name, w in model.state_dict().items()}, temporary)
-    os.replace(temporary, folder / "model.safetensors")
+    put_in_place(temporary, folder / "model.safetensors")
     write_json(folder / "config.json", {"model": asdict(model.config), "info": info})
 
 
@@ -33,7 +33,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Transf
     folder = Path(folder)
     try:
         saved = json.loads((folder / "config.json").read_text())
-        model = Transformer(ModelConfig(**saved["model"]))
+        model, info = Transformer(ModelConfig(**saved["model"])), saved["info"]
     except FileNotFoundError:
         raise ValueError(f"there is no finished checkpoint in {folder.name!r}; train it first.") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -43,7 +43,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Transf
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder.name!r} are missing or cut short; delete it and train again.") from error
     load_weights(model, weights, folder.name)
-    return model.to(device).eval(), saved["info"]
+    return model.to(device).eval(), info
 
 
 def load_weights(model: Transformer, weights: dict, name: str) -> None:
@@ -60,13 +60,13 @@ def save_training(folder: Path, state: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "training.pt.partial"
     torch.save(state, temporary)
-    os.replace(temporary, folder / "training.pt")
+    put_in_place(temporary, folder / "training.pt")
 
 
 def load_training(folder: Path) -> dict | None:
-    """The last resume point, or None if there is none that can be read."""
+    """The last resume point, its tensors on the CPU, or None if there is none; ValueError if it cannot be read."""
     try:
-        return torch.load(Path(folder) / "training.pt", weights_only=True)
+        return torch.load(Path(folder) / "training.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
     except Exception as error:
@@ -75,3 +75,10 @@ def load_training(folder: Path) -> dict | None:
 
 def clear_training(folder: Path) -> None:
     (Path(folder) / "training.pt").unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename, once the bytes are on the disk: after a power cut a file of that name is whole."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

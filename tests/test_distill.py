@@ -1,0 +1,226 @@
+"""The divergences against their definitions, and that a distillation differs from its control in the loss alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import specdec.distill as distill
+import specdec.train as loop
+from specdec.data import DataConfig, TokenData
+from specdec.distill import DIVERGENCES, acceptance, distillation_loss, load_or_distill
+from specdec.model import ModelConfig, Transformer
+from specdec.profiles import PROFILES, Phase, Profile, Schedule
+from specdec.train import cross_entropy, load_or_train, train
+
+CONFIG = ModelConfig(2, 2, 16, 1, vocab_size=32, n_ids=30, context=16, dropout=0.0)
+SCHEDULE = Schedule((Phase(6, 2, 1e-2, 0.1, 1, 4, 3),), 16, evaluation_batches=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Toy products are slower on many threads, and far slower when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Definitions are compared to more digits than bfloat16 has."""
+    monkeypatch.setattr(distill, "has_bf16", lambda *_: False)
+    monkeypatch.setattr(loop, "has_bf16", lambda *_: False)
+
+
+def toy_data(n: int = 2000) -> TokenData:
+    tokens = torch.randint(30, (n,), generator=torch.Generator().manual_seed(3)).numpy().astype(np.uint16)
+    return TokenData(tokens[: n // 2], tokens[n // 2 :], None, {"sha256": "toy"})
+
+
+def toy_model(seed: int = 0, sharpness: float = 20.0, **changed) -> Transformer:
+    """A random model whose distributions are far from uniform."""
+    model = Transformer(replace(CONFIG, **changed), torch.Generator().manual_seed(seed)).eval()
+    with torch.no_grad():
+        model.head.weight *= sharpness
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(30, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(kind: str, p: torch.Tensor, q: torch.Tensor) -> float:
+    p, q = p.double(), q.double()
+    return {
+        "forward-kl": (p * (p / q).log()).sum(-1),
+        "total-variation": 0.5 * (p - q).abs().sum(-1),
+        "neg-log-alpha": -torch.minimum(p, q).sum(-1).log(),
+    }[kind].mean().item()  # fmt: skip
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergence_is_its_definition(kind, ids):
+    teacher, student = toy_model(0), toy_model(1, n_layers=1)
+    value = distillation_loss(teacher, kind)(student, ids, None)
+    p, q = (m(ids)[..., :30].detach().softmax(-1) for m in (teacher, student))
+    assert value.shape == () and value.dtype == torch.float32
+    assert value.item() == pytest.approx(by_hand(kind, p, q), rel=1e-5) and value.item() > 0.1
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergence_of_equal_models_is_zero(kind, ids):
+    assert distillation_loss(toy_model(), kind)(toy_model(), ids, None).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_padding_ids_do_not_count(kind, ids):
+    teacher, student = toy_model(0), toy_model(1)
+    before = distillation_loss(teacher, kind)(student, ids, None).item()
+    with torch.no_grad():
+        teacher.head.weight[30:] += 9
+        student.head.weight[30:] -= 9
+    loss = distillation_loss(teacher, kind)(student, ids, None)
+    assert loss.item() == pytest.approx(before, rel=1e-6)
+    loss.backward()
+    assert student.head.weight.grad[30:].abs().max() == 0 and student.head.weight.grad[:30].abs().max() > 0
+
+
+def test_inequalities_between_the_divergences(ids):
+    """1 − α = TV; −log α ≥ TV; Pinsker: TV ≤ √(KL/2). Each holds for the means as well (Jensen)."""
+    for seed in range(1, 6):
+        kl, tv, nla = (distillation_loss(toy_model(0), k)(toy_model(seed), ids, None).item() for k in DIVERGENCES)
+        assert 0 <= tv <= 1 and nla >= tv and tv <= (kl / 2) ** 0.5
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_step_against_the_gradient_comes_closer(kind, ids):
+    student = toy_model(1)
+    loss = distillation_loss(toy_model(0), kind)
+    before = loss(student, ids, None)
+    before.backward()
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight -= 1e-2 * weight.grad / max(weight.grad.norm(), 1e-12)
+    assert loss(student, ids, None) < before
+
+
+def test_the_teacher_is_a_fixed_copy(ids):
+    teacher, student = toy_model(0), toy_model(1)
+    teacher.train()
+    loss = distillation_loss(teacher, "forward-kl")
+    before = loss(student, ids, None)
+    before.backward()
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters()) and teacher.training
+    with torch.no_grad():
+        teacher.head.weight.zero_()
+    assert torch.equal(loss(student, ids, None), before)
+
+
+def test_bfloat16_teacher_is_close(monkeypatch, ids):
+    exact = distillation_loss(toy_model(0), "forward-kl")(toy_model(1), ids, None)
+    monkeypatch.setattr(distill, "has_bf16", lambda *_: True)
+    rounded = distillation_loss(toy_model(0), "forward-kl")(toy_model(1), ids, None)
+    assert rounded.dtype == torch.float32 and rounded != exact
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_unknown_divergence_gets_a_sentence():
+    with pytest.raises(ValueError, match="no divergence 'hellinger'; choose one of forward-kl"):
+        distillation_loss(toy_model(), "hellinger")
+
+
+# --- acceptance ---------------------------------------------------------------------------------------------------
+
+
+def test_acceptance_is_one_minus_total_variation():
+    target, draft, data = toy_model(0), toy_model(1), toy_data()
+    alpha = acceptance(target, draft, data, n_windows=4)
+    assert alpha.shape == (4, 16) and ((0 <= alpha) & (alpha <= 1)).all()
+    first = torch.from_numpy(data.validation[:16].astype(np.int64))[None]
+    p, q = (m(first)[0, :, :30].softmax(-1) for m in (target, draft))
+    torch.testing.assert_close(alpha[0], 1 - 0.5 * (p - q).abs().sum(-1), rtol=0, atol=1e-5)
+
+
+def test_acceptance_of_a_model_by_itself_is_one():
+    for temperature in (0.0, 0.7, 1.0):
+        alpha = acceptance(toy_model(), toy_model(), toy_data(), temperature=temperature, n_windows=3, block_size=8)
+        assert alpha.shape == (3, 8)
+        torch.testing.assert_close(alpha, torch.ones(3, 8))
+
+
+def test_acceptance_follows_the_temperature():
+    target, draft, data = toy_model(0), toy_model(1), toy_data()
+    greedy, cold, hot = (
+        acceptance(target, draft, data, temperature=t, n_windows=8).mean().item() for t in (0.0, 1e-4, 1e4)
+    )
+    assert cold == pytest.approx(greedy, abs=0.02)  # temperature 0 is the limit: the argmax agrees or not
+    assert hot == pytest.approx(1.0, abs=1e-3)  # and at the other end both are uniform
+
+
+# --- distillation -------------------------------------------------------------------------------------------------
+
+
+def test_distillation_raises_acceptance_above_the_control():
+    """On text that teaches nothing (uniform tokens) only the target's distribution can."""
+    data, target = toy_data(), toy_model(0, sharpness=8.0, n_layers=1)
+    schedule = Schedule((Phase(120, 5, 1e-2, 0.0, 1, 8, 120),), 16, evaluation_batches=1)
+    alpha = {}
+    for kind in ("control", *DIVERGENCES):
+        draft = toy_model(2, sharpness=8.0, n_layers=1)
+        before = acceptance(target, draft, data, n_windows=8).mean()
+        train(draft, data, schedule, loss=cross_entropy if kind == "control" else distillation_loss(target, kind))
+        alpha[kind] = acceptance(target, draft, data, n_windows=8).mean()
+    for kind in DIVERGENCES:
+        assert alpha[kind] > before + 0.1 and alpha[kind] > alpha["control"] + 0.05, alpha
+
+
+@pytest.fixture
+def profile(monkeypatch, tmp_path) -> Profile:
+    monkeypatch.setenv("SPECDEC_BUILD", str(tmp_path))
+    for module in (distill, loop):
+        monkeypatch.setattr(module, "tokens_for", lambda profile: toy_data())
+    models = {"target": CONFIG, "small": replace(CONFIG, n_layers=1)}
+    schedules = {"target": SCHEDULE, "small": SCHEDULE}
+    return Profile("toy", DataConfig(), models, schedules, replace(SCHEDULE, seed=7), PROFILES["ci"].bench)
+
+
+def test_control_and_distillation_differ_in_the_loss_alone(profile, monkeypatch):
+    seen = {}
+    original = loop.train
+
+    def recorded(model, data, schedule, *, loss, title, **options):
+        if not title.endswith(("forward-kl", "cross-entropy")):
+            return original(model, data, schedule, loss=loss, title=title, **options)
+        record = seen[title.split()[-1]] = {"start": {n: w.clone() for n, w in model.state_dict().items()}, "ids": []}
+
+        def watched(model, ids, targets):
+            record["ids"].append(ids)
+            return loss(model, ids, targets)
+
+        return original(model, data, schedule, loss=watched, title=title, **options)
+
+    monkeypatch.setattr(loop, "train", recorded)
+    distilled, history = load_or_distill(profile, "forward-kl")
+    control, _ = load_or_distill(profile, "cross-entropy")
+    small, _ = load_or_train(profile, "small")
+    a, b = seen["small-forward-kl"], seen["small-cross-entropy"]
+    for name, weight in small.state_dict().items():
+        assert torch.equal(weight, a["start"][name]) and torch.equal(weight, b["start"][name]), name
+    assert len(a["ids"]) == len(b["ids"]) == 6 and all(map(torch.equal, a["ids"], b["ids"]))
+    assert not torch.equal(distilled.head.weight, control.head.weight) and not distilled.training
+    assert [row["iteration"] for row in history.rows] == [3, 6]
+
+    monkeypatch.setattr(loop, "train", None)  # all of it is there now: nothing is trained again
+    again, same = load_or_distill(profile, "forward-kl")
+    assert torch.equal(again.head.weight, distilled.head.weight) and same.rows == history.rows
+
+
+def test_unknown_kind_gets_a_sentence(profile):
+    with pytest.raises(ValueError, match="no divergence 'hellinger'"):
+        load_or_distill(profile, "hellinger")
