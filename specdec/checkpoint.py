@@ -29,7 +29,7 @@ def save_model(model: Transformer, folder: Path, info: dict) -> None:
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict]:
-    """The model in eval mode and its info; ValueError with a sentence if it is missing, cut short or of another kind."""
+    """The model in eval mode and its info; ValueError if it is missing, cut short or of another kind."""
     folder = Path(folder)
     try:
         saved = json.loads((folder / "config.json").read_text())
@@ -37,11 +37,13 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Transf
     except FileNotFoundError:
         raise ValueError(f"there is no finished checkpoint in {folder.name!r}; train it first.") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"config.json in {folder.name!r} does not describe a specdec model; train it again.") from error
+        message = f"config.json in {folder.name!r} does not describe a specdec model; train it again."
+        raise ValueError(message) from error
     try:
         weights = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder.name!r} are missing or cut short; delete it and train again.") from error
+        message = f"the weights in {folder.name!r} are missing or cut short; delete it and train again."
+        raise ValueError(message) from error
     load_weights(model, weights, folder.name)
     return model.to(device).eval(), info
 
@@ -51,7 +53,8 @@ def load_weights(model: Transformer, weights: dict, name: str) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {name!r} are of another architecture; use the config they came with.") from error
+        message = f"the weights in {name!r} are of another architecture; use the config they came with."
+        raise ValueError(message) from error
 
 
 def save_training(folder: Path, state: dict) -> None:
@@ -70,7 +73,8 @@ def load_training(folder: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except Exception as error:
-        raise ValueError(f"training.pt in {Path(folder).name!r} is damaged; delete it to start that training again.") from error
+        message = f"training.pt in {Path(folder).name!r} is damaged; delete it to start that training again."
+        raise ValueError(message) from error
 
 
 def clear_training(folder: Path) -> None:

@@ -16,8 +16,9 @@ from .data import TokenData, tokens_for, window
 from .model import Transformer
 from .profiles import Profile
 from .theory import overlap
-from .train import History, Loss, cross_entropy, has_bf16, load_or_train, source_key, trained
+from .train import History, Loss, cross_entropy, has_bf16, held_out_starts, load_or_train, source_key, trained
 
+_SOURCES = source_key("distill")
 DIVERGENCES = ("forward-kl", "total-variation", "neg-log-alpha")
 
 
@@ -47,20 +48,24 @@ def distillation_loss(teacher: Transformer, kind: str) -> Loss:
     return loss
 
 
-def load_or_distill(profile: Profile, kind: str = "forward-kl", *, role: str = "small") -> tuple[Transformer, History]:
+def load_or_distill(
+    profile: Profile, kind: str = "forward-kl", *, role: str = "small", device: str | torch.device = "cpu"
+) -> tuple[Transformer, History]:
     """The draft of that role, trained further on the target by ``kind``; "cross-entropy" is the control."""
+    if kind not in ("cross-entropy", *DIVERGENCES):
+        raise ValueError(f"there is no divergence {kind!r}; choose one of {', '.join(DIVERGENCES)} or cross-entropy.")
     schedule, data = profile.distillation, tokens_for(profile)
-    target, _ = load_or_train(profile, "target")
-    start, _ = load_or_train(profile, role)
+    target, _ = load_or_train(profile, "target", device=device)
+    start, _ = load_or_train(profile, role, device=device)
     parts = {
         "kind": kind,
         "models": [asdict(profile.models["target"]), asdict(profile.models[role])],
         "schedules": [asdict(profile.schedules["target"]), asdict(profile.schedules[role]), asdict(schedule)],
         "data": data.sha256,
-        "distill": source_key("distill"),
+        "distill": _SOURCES,
     }
     loss = cross_entropy if kind == "cross-entropy" else distillation_loss(target, kind)
-    return trained(profile, f"{role}-{kind}", parts, lambda: start, data, schedule, loss)
+    return trained(profile, f"{role}-{kind}", parts, lambda: start, data, schedule, loss, device)
 
 
 @torch.inference_mode()
@@ -68,9 +73,8 @@ def acceptance(target: Transformer, draft: Transformer, data: TokenData, *, temp
                n_windows: int = 32, block_size: int | None = None) -> Tensor:  # fmt: skip
     """α = Σ min(p, q) at every position of held-out windows → (n_windows, block_size)."""
     block = block_size or min(target.config.context, draft.config.context)
-    last = len(data.validation) - block - 1
     n_ids, rows = target.config.n_ids, []
-    for start in torch.linspace(0, last, n_windows).long().tolist():
+    for start in held_out_starts(data, n_windows, block):
         ids, _ = window(data.validation, [start], block)
         p, q = (m(ids.to(m.device))[0, :, :n_ids].float() for m in (target, draft))
         if temperature == 0:

@@ -46,7 +46,7 @@ class Sampling:
             probs = torch.zeros_like(probs).scatter_(-1, kept, probs.gather(-1, kept))
             probs = probs / probs.sum(-1, keepdim=True)
         if self.top_p is not None and self.top_p < 1:
-            ranked, order = probs.sort(-1, descending=True, stable=True)
+            ranked, order = torch.sort(probs, dim=-1, descending=True, stable=True)
             before = ranked.cumsum(-1) - ranked  # mass of the more probable tokens
             probs = torch.zeros_like(probs).scatter_(-1, order, ranked * (before < self.top_p))
             probs = probs / probs.sum(-1, keepdim=True)

@@ -7,16 +7,18 @@ under torchrun. The loss is an argument, so distillation (`distill.py`) is the s
 
 import ast
 import hashlib
-import importlib
 import json
 import math
 import os
+import platform
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -84,7 +86,8 @@ def train(
             load_weights(model, saved["model"], "training.pt")
             optimizer.load_state_dict(saved["optimizer"])
             generator.set_state(saved["generator"])
-            torch.set_rng_state(saved["rng"])
+            if chief:  # the others keep draws of their own
+                torch.set_rng_state(saved["rng"])
             history, done, seconds = History(saved["rows"]), saved["iteration"], saved["seconds"]
 
         def save():
@@ -92,7 +95,7 @@ def train(
                 save_training(folder, {
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": done,
                     "generator": generator.get_state(), "rng": torch.get_rng_state(),
-                    "rows": history.rows, "seconds": seconds + time.perf_counter() - began,
+                    "rows": history.rows, "running": running, "seconds": seconds + time.perf_counter() - began,
                 })  # fmt: skip
 
         parallel = DistributedDataParallel(model) if world > 1 else model
@@ -100,7 +103,7 @@ def train(
         began = saved_at = time.perf_counter()
         bar = tqdm(total=schedule.iterations, initial=done, desc=title, disable=not (chief and sys.stderr.isatty()))
         model.train()
-        running = []
+        running = [value.to(device) for value in saved["running"]] if saved else []
         for phase, i in steps_from(schedule, done):
             rate = learning_rate(schedule, phase, i)
             for group in optimizer.param_groups:
@@ -186,8 +189,7 @@ def evaluate(model: Transformer, data: TokenData, schedule: Schedule) -> float:
     was_training = model.training
     model.eval()
     size = schedule.phases[-1].batch_size
-    starts = range(0, len(data.validation) - schedule.block_size - 1)
-    starts = [starts[i] for i in torch.linspace(0, len(starts) - 1, schedule.evaluation_batches * size).long()]
+    starts = held_out_starts(data, schedule.evaluation_batches * size, schedule.block_size)
     losses = []
     with torch.autocast(model.device.type, torch.bfloat16) if has_bf16(model.device) else nullcontext():
         for i in range(0, len(starts), size):
@@ -197,16 +199,29 @@ def evaluate(model: Transformer, data: TokenData, schedule: Schedule) -> float:
     return torch.stack(losses).mean().item()
 
 
+def held_out_starts(data: TokenData, n: int, length: int) -> list[int]:
+    """Where n windows of ``length`` tokens start, evenly spread over the held-out text; the same every time."""
+    last = len(data.validation) - length - 1
+    if last < 0:
+        raise ValueError(f"{len(data.validation)} held-out tokens are too few for windows of {length}; use more text.")
+    return [i * last // max(1, n - 1) for i in range(n)]  # in integers: float32 misses by some tokens above 2²⁴
+
+
 def has_bf16(device: torch.device | str = "cpu") -> bool:
     """Whether the machine multiplies bfloat16 natively, so that it is faster than float32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
+        return False  # oneDNN would emulate it
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def can_compile(device: torch.device | str = "cpu") -> bool:
-    """torch.compile needs a C++ compiler on the CPU."""
-    return torch.device(device).type == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++")))
+    """On the CPU torch.compile needs the C++ compiler that it would call, and Python's headers."""
+    if torch.device(device).type == "cuda":
+        return True
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(compiler) is not None and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
 def compiled(function, **options):
@@ -241,7 +256,7 @@ def trained(
     device: str | torch.device = "cpu",
 ) -> tuple[Transformer, History]:
     """Load the checkpoint that ``parts`` and today's sources name, or train it; a cut training is taken up again."""
-    parts = parts | {"sources": source_key("data", "model", "train")}
+    parts = parts | {"sources": _SOURCES}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
     folder = build_dir() / profile.name / "checkpoints" / f"{name}-{key}"
     if (folder / "config.json").exists():
@@ -252,17 +267,26 @@ def trained(
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_model(model, folder, {"history": history.rows, "made_from": parts})
         clear_training(folder)
+    if dist.is_initialized():
+        dist.barrier()  # nobody looks for the checkpoint before it is there
     return model.eval(), history
 
 
+@cache
 def source_key(*modules: str) -> str:
-    """Hash of what the named modules of this package do: their syntax trees without comments and docstrings."""
+    """Hash of what the named modules of this package do: their syntax trees without comments and docstrings.
+
+    Asked for on import and remembered, because a file that is edited during a training is not what trains.
+    """
     digest = hashlib.sha256()
     for name in modules:
-        tree = ast.parse(Path(importlib.import_module(f"specdec.{name}").__file__).read_text())
+        tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
                 node.body = body[1:]
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:12]
+
+
+_SOURCES = source_key("data", "model", "train")

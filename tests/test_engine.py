@@ -1,0 +1,177 @@
+import pytest
+import torch
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec.drafting import DraftModel, PromptLookup
+from specdec.engine import Trace, generate, speculate
+from specdec.sampling import RULES, Randomness, Sampling
+
+GREEDY = Sampling(0)
+
+
+def texts(target, draft, prompt, k, **options):
+    drafter = draft if isinstance(draft, PromptLookup) else DraftModel(draft)
+    return list(speculate(target, prompt, drafter=drafter, k=k, **options))
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("rule", RULES)
+def test_greedy_identity(k, rule):
+    """Float64, temperature 0: the same tokens as the target alone, with any drafter."""
+    target = make_model(2, 16, 1, vocab_size=40, n_ids=37, context=64)
+    expected = list(generate(target, [1, 2, 3], max_new_tokens=40, sampling=GREEDY))
+    for draft in (make_model(1, 8, 2, vocab_size=40, n_ids=37, context=64), target, PromptLookup(37)):
+        trace = Trace()
+        options = dict(max_new_tokens=40, sampling=GREEDY, trace=trace, rule=RULES[rule])
+        assert texts(target, draft, [1, 2, 3], k, **options) == expected == trace.tokens
+        if draft is target:  # everything is accepted, so the passes are as few as they can be
+            assert trace.target_passes == -(-40 // (k + 1))
+
+
+@given(
+    prompt=st.lists(st.integers(0, 4), min_size=1, max_size=10), n=st.integers(0, 20), k=st.integers(1, 9),
+    T=st.sampled_from([0.0, 0.7, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_lengths_counts_and_the_context_limit(prompt, n, k, T, seed):
+    target, draft, trace = make_model(2, 16, 1), make_model(1, 8, 2), Trace()
+    out = texts(target, draft, prompt, k, max_new_tokens=n, sampling=Sampling(T), randomness=Randomness(seed), trace=trace)
+    room = min(n, 16 - len(prompt))
+    assert len(out) == room and trace.tokens == out
+    assert trace.finish == ("length" if len(prompt) + n <= 16 else "context")
+    assert [t for r in trace.rounds for t in r.emitted] == out
+    assert all(0 <= r.accepted <= len(r.drafted) <= k and len(r.emitted) == r.accepted + 1 for r in trace.rounds)
+    assert all(t < 5 for t in out)  # ids 5, 6 and 7 are padding
+    if T == 0:
+        assert out == list(generate(target, prompt, max_new_tokens=n, sampling=Sampling(0)))
+
+
+def test_equal_seeds_equal_texts_on_the_stream_and_in_one_go(pair):
+    options = dict(max_new_tokens=12, sampling=Sampling(1.0))
+    whole = [texts(*pair, [1], 3, randomness=Randomness(s), **options) for s in range(8)]
+    streamed = []
+    for s in range(8):
+        stream, text = speculate(pair[0], [1], drafter=DraftModel(pair[1]), k=3, randomness=Randomness(s), **options), []
+        for token in stream:
+            torch.rand(3)  # what the reader does in between changes nothing
+            text.append(token)
+        streamed.append(text)
+    assert whole == streamed and len(set(map(tuple, whole))) > 1
+    alone = [list(generate(pair[0], [1], randomness=Randomness(s), **options)) for s in (3, 3)]
+    assert alone[0] == alone[1]
+
+
+def test_a_drafter_can_be_used_again(pair):
+    drafter = DraftModel(pair[1])
+    options = dict(drafter=drafter, k=3, max_new_tokens=9, sampling=GREEDY)
+    first = list(speculate(pair[0], [1, 2], **options))
+    list(speculate(pair[0], [4], **options))
+    assert list(speculate(pair[0], [1, 2], **options)) == first
+
+
+def test_a_stop_token_inside_a_block_ends_the_text_there():
+    target = make_model(2, 16, 1, vocab_size=40, n_ids=37, context=64)
+    expected = list(generate(target, [1, 2, 3], max_new_tokens=40, sampling=GREEDY))
+    for stop in set(expected[:12]):
+        cut = expected[: expected.index(stop) + 1]
+        for k in (1, 3, 8):
+            trace = Trace()  # the target as its own draft: the stop token lies inside an accepted block
+            out = texts(target, target, [1, 2, 3], k, max_new_tokens=40, sampling=GREEDY, stop=(stop,), trace=trace)
+            assert out == cut and trace.finish == "stop"
+        trace = Trace()
+        assert list(generate(target, [1, 2, 3], max_new_tokens=40, sampling=GREEDY, stop=(stop,), trace=trace)) == cut
+        assert trace.finish == "stop"
+
+
+def test_cached_decisions_equal_uncached_ones(pair):
+    """The detector of the cache hole: every row of p and q is what a model without a cache computes."""
+    target, draft = pair
+    for k in (1, 2, 4):
+        for drafter in (draft, target):  # with the target as the draft, every round is fully accepted
+            trace = Trace(keep_probs=True)
+            texts(target, drafter, [1, 2], k, max_new_tokens=13, randomness=Randomness(k), trace=trace)
+            text = [1, 2] + trace.tokens
+            for r in trace.rounds:
+                read = torch.tensor([text[: r.start] + r.drafted])
+                with torch.no_grad():
+                    p = target(read)[0, r.start - 1 :, :5].softmax(-1)
+                    q = drafter(read)[0, r.start - 1 : -1, :5].softmax(-1) if r.drafted else r.draft_probs
+                assert torch.allclose(r.target_probs, p, atol=1e-12)
+                assert torch.allclose(r.draft_probs, q, atol=1e-12)
+
+
+class _Hole(DraftModel):
+    """Claims to have read its own last draft after a fully accepted round."""
+
+    def propose(self, text, k, sampling, randomness):
+        if 0 < self.cache.length < len(text) - 1:
+            self.cache.k[..., self.cache.length, :] = 0
+            self.cache.v[..., self.cache.length, :] = 0
+            self.cache.append(1)
+        return super().propose(text, k, sampling, randomness)
+
+
+def test_the_hole_leaves_the_text_exact_and_the_detector_finds_it():
+    target = make_model(2, 16, 1, vocab_size=40, n_ids=37, context=64, scale=3)
+    draft = target  # accepted entirely, unless its cache is wrong
+    expected = list(generate(target, [1, 2, 3], max_new_tokens=40, sampling=GREEDY))
+    traces = Trace(), Trace()
+    for drafter, trace in zip((DraftModel(draft), _Hole(draft)), traces):
+        out = list(speculate(target, [1, 2, 3], drafter=drafter, k=1, max_new_tokens=40, sampling=GREEDY, trace=trace))
+        assert out == expected
+    right, hole = (sum(r.accepted for r in t.rounds) for t in traces)
+    assert hole < right
+
+
+def test_streams_and_times_are_traced(pair):
+    import itertools
+
+    ticks = itertools.count()
+    trace = Trace(clock=lambda: float(next(ticks)))
+    texts(*pair, [1, 2], 3, max_new_tokens=10, trace=trace)
+    assert set(trace.seconds) == {"prefill", "draft", "verify", "decide", "roll back"}
+    assert trace.seconds["draft"] == len(trace.rounds)
+
+
+def test_prompt_lookup_copies_what_followed():
+    lookup = PromptLookup(10, longest=2)
+    draft = lookup.propose([1, 2, 3, 4, 1, 2], 3, GREEDY, None)
+    assert draft.tokens.tolist() == [3, 4, 1] and torch.equal(draft.probs.argmax(-1), draft.tokens)
+    assert lookup.propose([1, 2, 3], 3, GREEDY, None).tokens.tolist() == []
+    assert PromptLookup(10).propose([7, 7], 4, GREEDY, None).tokens.tolist() == [7]
+    with pytest.raises(ValueError, match="cannot be looked up"):
+        PromptLookup(10, longest=1, shortest=2)
+
+
+def bad_calls(target, draft):
+    other = make_model(1, 8, 2, vocab_size=8, n_ids=4)
+    good = dict(drafter=DraftModel(draft), k=2, max_new_tokens=4)
+    yield "prompt is empty", [], good
+    yield "shorten the prompt", [1] * 17, good
+    yield "outside", [5], good  # a padding id
+    yield "outside", [-1], good
+    yield "k is 0", [1], good | {"k": 0}
+    yield "max_new_tokens", [1], good | {"max_new_tokens": -1}
+    yield "use one tokenizer", [1], good | {"drafter": DraftModel(other)}
+
+
+def test_bad_input_gets_a_sentence(pair):
+    for message, prompt, options in bad_calls(*pair):
+        with pytest.raises(ValueError, match=message):
+            list(speculate(pair[0], prompt, **options))
+
+
+@pytest.mark.parametrize("culprit", ["target", "draft model"])
+def test_a_model_that_breaks_is_named(pair, culprit):
+    model = pair[culprit == "draft model"]
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"the {culprit} produced"):
+        texts(*pair, [1], 2, max_new_tokens=4)
+
+
+def test_a_prompt_that_fills_the_context_yields_nothing(pair):
+    trace = Trace()
+    assert texts(*pair, [1] * 16, 2, max_new_tokens=3, trace=trace) == [] and trace.finish == "context"

@@ -1,0 +1,197 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import total_variation, walk
+
+from specdec.sampling import RULES, Randomness, Sampling, block, residual, token_wise
+
+KIND = {"token-wise": "first", "block": "last"}
+
+
+def random_rows(n, V, seed, zeros=False):
+    rows = torch.rand(n, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 3
+    if zeros:
+        rows[:, seed % V] = 0
+    return rows / rows.sum(-1, keepdim=True)
+
+
+def emitted_law(rule, p, q, kind=None):
+    """Law of the first k+1 tokens when one round's output is completed from p: equal to the product of rows of p."""
+    k = q.shape[0]
+
+    def experiment(oracle):
+        drafted = torch.cat([oracle.choose(row) for row in q])
+        n, following = rule(drafted, q, p, oracle)
+        text = drafted[:n].tolist() + following.tolist()
+        return tuple(text + [int(oracle.choose(p[i])) for i in range(len(text), k + 1)])
+
+    return walk(experiment, kind)
+
+
+def product_law(p):
+    def experiment(oracle):
+        return tuple(int(oracle.choose(row)) for row in p)
+
+    return walk(experiment)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("seed", range(4))
+def test_one_round_has_the_targets_law(name, seed):
+    p, q = random_rows(3, 3, seed), random_rows(2, 3, seed + 100)
+    assert total_variation(emitted_law(RULES[name], p, q), product_law(p)) < 1e-12
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_merged_coins_give_the_same_law(name):
+    p, q = random_rows(3, 3, 5), random_rows(2, 3, 6)
+    full, merged = emitted_law(RULES[name], p, q), emitted_law(RULES[name], p, q, KIND[name])
+    assert total_variation(full, merged) < 1e-12
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(seed=st.integers(0, 10_000), V=st.integers(2, 4), k=st.integers(1, 2), zero_p=st.booleans(), zero_q=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_lossless_for_any_pair(name, seed, V, k, zero_p, zero_q):
+    p, q = random_rows(k + 1, V, seed, zero_p), random_rows(k, V, seed + 1, zero_q)
+    assert total_variation(emitted_law(RULES[name], p, q, KIND[name]), product_law(p)) < 1e-12
+
+
+def expected_accepted(rule, p, q, kind):
+    def experiment(oracle):
+        drafted = torch.cat([oracle.choose(row) for row in q])
+        return rule(drafted, q, p, oracle)[0]
+
+    return sum(n * weight for n, weight in walk(experiment, kind).items())
+
+
+def test_block_worked_example():
+    p = torch.tensor([[1 / 3, 2 / 3]], dtype=torch.float64)
+    q = torch.tensor([[2 / 3, 1 / 3]], dtype=torch.float64)
+    assert expected_accepted(token_wise, p.repeat(3, 1), q.repeat(2, 1), "first") == pytest.approx(10 / 9)
+    assert expected_accepted(block, p.repeat(3, 1), q.repeat(2, 1), "last") == pytest.approx(11 / 9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_block_never_keeps_fewer(seed):
+    p, q = random_rows(4, 3, seed), random_rows(3, 3, seed + 50)
+    assert expected_accepted(block, p, q, "last") >= expected_accepted(token_wise, p, q, "first") - 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES.values())
+def test_equal_laws_accept_everything_and_disjoint_ones_nothing(rule):
+    p = random_rows(4, 6, 1)
+    drafted = torch.tensor([0, 3, 5])
+    assert rule(drafted, p[:3], p, Randomness(0))[0] == 3
+    p = torch.tensor([[0.5, 0.5, 0, 0]]).repeat(3, 1)
+    q = torch.tensor([[0, 0, 0.5, 0.5]]).repeat(2, 1)
+    for seed in range(20):
+        n, following = rule(torch.tensor([2, 3]), q, p, Randomness(seed))
+        assert n == 0 and int(following) in (0, 1)
+
+
+@pytest.mark.parametrize("rule", RULES.values())
+def test_no_drafts_is_a_plain_step(rule):
+    p = torch.tensor([[0.0, 1.0]])
+    n, following = rule(torch.empty(0, dtype=torch.long), torch.empty(0, 2), p, Randomness(0))
+    assert n == 0 and following.tolist() == [1]
+
+
+def test_residual_of_equal_laws_is_the_law():
+    p = random_rows(1, 5, 0)[0]
+    assert torch.equal(residual(p, p), p)
+
+
+def test_temperature_zero_is_one_hot_on_the_argmax():
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    probs = Sampling(0).probs(logits)
+    assert torch.equal(probs.argmax(-1), logits.argmax(-1)) and torch.equal(probs.sum(-1), torch.ones(6))
+    assert (probs > 0).sum() == 6
+
+
+def test_extreme_temperatures():
+    logits = torch.tensor([3.0, 1.0, 2.999])
+    assert Sampling(1e-6).probs(logits).tolist() == [1, 0, 0]
+    assert torch.allclose(Sampling(1e6).probs(logits), torch.full((3,), 1 / 3), atol=1e-5)
+
+
+@given(seed=st.integers(0, 1000), top_k=st.integers(1, 30), top_p=st.floats(0.01, 1), T=st.floats(0.05, 5))
+@settings(max_examples=60, deadline=None)
+def test_filters_keep_the_most_probable(seed, top_k, top_p, T):
+    logits = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    plain = Sampling(T).probs(logits)
+    probs = Sampling(T, top_k, top_p).probs(logits)
+    kept = probs > 0
+    assert probs.sum().item() == pytest.approx(1) and 1 <= kept.sum() <= top_k
+    assert plain[kept].min() >= plain[~kept].max() if (~kept).any() else True
+    assert torch.allclose(probs[kept], plain[kept] / plain[kept].sum())  # ratios are kept
+
+
+def test_top_p_keeps_the_smallest_sufficient_set():
+    probs = Sampling(top_p=0.7).probs(torch.tensor([0.5, 0.3, 0.15, 0.05]).log())
+    assert torch.allclose(probs, torch.tensor([0.625, 0.375, 0, 0]))
+    assert (Sampling(top_p=0.5).probs(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()) > 0).sum() in (1, 2)
+
+
+def test_top_k_with_ties_keeps_no_more():
+    assert (Sampling(top_k=2).probs(torch.zeros(9)) > 0).sum() == 2
+    assert torch.allclose(Sampling(top_k=99).probs(torch.zeros(9)), torch.full((9,), 1 / 9))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bad_logit_names_its_model(value):
+    with pytest.raises(ValueError, match="the draft model produced a logit that is not finite"):
+        Sampling().probs(torch.tensor([0.0, value]), "draft model")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"temperature": -0.1}, "temperature"), ({"temperature": math.nan}, "temperature"), ({"top_k": 0}, "top_k"),
+     ({"top_p": 0.0}, "top_p"), ({"top_p": 1.1}, "top_p")],
+)  # fmt: skip
+def test_bad_settings_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**bad)
+
+
+def test_choose_never_picks_what_is_impossible():
+    randomness = Randomness(0)
+    probs = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
+    drawn = torch.cat([randomness.choose(probs) for _ in range(4000)])
+    counts = drawn.bincount(minlength=5)
+    assert counts[[0, 2, 4]].sum() == 0
+    assert abs(counts[1].item() / 4000 - 0.3) < 5 * (0.3 * 0.7 / 4000) ** 0.5
+
+
+def test_equal_seeds_equal_draws():
+    p = random_rows(1, 50, 3)[0]
+    a, b = ([int(Randomness(seed).choose(p)) for seed in range(30)] for _ in range(2))
+    assert a == b and len(set(a)) > 3
+
+
+def test_large_vocabulary_statistic():
+    """χ² at V = 50,304, cells below 5 merged; false alarms below 1e-6 by the Wilson-Hilferty approximation."""
+    V, n = 50_304, 60_000
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(V, generator=generator).mul(s).softmax(-1) for s in (3.0, 2.5))
+    randomness = Randomness(1)
+    drafts = torch.multinomial(q, n, replacement=True, generator=generator)
+    keep = randomness.uniforms(n) < (p / q).double()[drafts]
+    corrected = torch.multinomial(residual(p, q), int((~keep).sum()), replacement=True, generator=generator)
+    emitted = torch.cat([drafts[keep], corrected])
+
+    def z(counts):
+        expected = p.double() * n
+        big = expected >= 5
+        seen = torch.cat([counts[big].double(), counts[~big].sum()[None].double()])
+        meant = torch.cat([expected[big], expected[~big].sum()[None]])
+        df = len(meant) - 1
+        chi2 = ((seen - meant) ** 2 / meant).sum() / df
+        return float((chi2 ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df)))
+
+    bound = 4.76  # one-sided 1e-6
+    assert z(emitted.bincount(minlength=V)) < bound
+    assert z(torch.multinomial(q, n, replacement=True, generator=generator).bincount(minlength=V)) > bound
