@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from specdec import bench, theory
+from specdec.drafting import DraftModel
+from specdec.engine import Round, Trace
+from specdec.profiles import BenchConfig
+from specdec.sampling import Randomness, Sampling
+
+CONFIG = BenchConfig(n_prompts=2, prompt_tokens=2, new_tokens=8, ks=(1, 2), n_sweep_prompts=1)
+
+
+def rows(**arms):
+    return [{"arm": a, "prompt": i, "seconds": s, "tokens": n} for a, cells in arms.items() for i, (s, n) in enumerate(cells)]
+
+
+def test_ratio_is_one_of_totals():
+    table = rows(new=[(1.0, 8), (4.0, 8)], old=[(4.0, 8), (1.0, 8)])
+    assert bench.speed_ratio(table, "new", "old")["value"] == pytest.approx(1.0)
+    assert bench.speed_ratio(table, "old", "old")["ci95"] == [1.0, 1.0]
+
+
+def test_the_interval_holds_the_value_and_shrinks_with_prompts():
+    generator = torch.Generator().manual_seed(0)
+
+    def width(n):
+        noise = (0.5 + torch.rand(n, generator=generator)).tolist()
+        ratio = bench.speed_ratio(rows(new=[(x, 10) for x in noise], old=[(2.0, 10)] * n), "new", "old")
+        assert ratio["ci95"][0] <= ratio["value"] <= ratio["ci95"][1]
+        return ratio["ci95"][1] - ratio["ci95"][0]
+
+    assert width(200) < width(10)
+
+
+def test_every_arm_runs_every_prompt_in_rotated_order():
+    order = []
+    arms = {name: (lambda prompt, randomness, trace, name=name: order.append((name, prompt[0]))) for name in "abc"}
+    table = bench.measure(arms, [[0], [1], [2]], seed=0, warmup=1)
+    assert len(order) == 12 and len(table) == 9  # the warm-up is not in the table
+    assert [name for name, p in order if p == 1] == ["b", "c", "a"]
+    assert {(r["arm"], r["prompt"]) for r in table} == {(a, i) for a in "abc" for i in range(3)}
+
+
+def test_counts_of_a_trace():
+    trace = Trace(tokens=[1, 2, 3, 4, 5], target_passes=2)
+    trace.rounds = [Round(0, [1, 2, 9], 2, [1, 2, 3]), Round(3, [4, 9, 9], 1, [4, 5])]
+    counts = bench.summary([trace])
+    assert (counts["drafted"], counts["examined"], counts["accepted"], counts["rounds"]) == (6, 5, 3, 2)
+    assert bench.acceptance_by_position([trace], 3) == [1.0, 0.5, 0.0]
+    assert theory.tokens_per_round([1.0, 0.5, 0.0]) == pytest.approx(counts["tokens"] / counts["rounds"])
+
+
+def test_alpha_is_the_mean_overlap_where_the_rule_looked():
+    p = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]])
+    q = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    trace = Trace(rounds=[Round(0, [0, 1], 1, [0, 0], p, q), Round(2, [0, 1], 0, [1], p, q)])
+    assert bench.alpha([trace]) == pytest.approx((1 + 0.25 + 1) / 3)
+
+
+def test_identical_models_accept_everything(pair):
+    target, _ = pair
+    trace = Trace(keep_probs=True)
+    bench.both(target, DraftModel(target), 2, CONFIG, Sampling())([1, 2], Randomness(0), trace)
+    assert bench.alpha([trace]) == pytest.approx(1.0)
+    assert bench.summary([trace])["accepted"] == bench.summary([trace])["drafted"]
+
+
+def test_costs_are_positive_and_caches_are_left_alone(pair):
+    costs = bench.measure_costs(*pair, [1, 2, 3], Sampling(), k_max=3, repeats=3)
+    assert costs.c > 0 and costs.o > 0 and set(costs.v) == {1, 2, 3, 4} and all(v > 0 for v in costs.v.values())
+    assert costs.verify(2) == pytest.approx(costs.v[2])
+
+
+def test_r_squared_is_of_the_prediction_itself():
+    assert bench.r_squared([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1
+    assert bench.r_squared([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) < 0  # perfectly correlated, and wrong
