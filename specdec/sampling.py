@@ -6,6 +6,7 @@ algorithm 1, and Chen et al. 2023 (2302.01318). Block rule: Sun et al. 2024 (240
 All randomness comes through a `Randomness`, so that a test can replace it and walk every branch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,12 +36,13 @@ class Sampling:
         ``model`` names the culprit when a logit is infinite or not a number (ValueError).
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if not torch.isfinite(logits.sum()):
+        if not math.isfinite(logits.sum()):
             raise ValueError(f"the {model} produced a logit that is not finite; check its weights and its data type.")
-        top = logits.amax(-1, keepdim=True)
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        probs = ((logits - top) / self.temperature).softmax(-1)  # shifted first: 1e-6 must not overflow
+        if self.temperature != 1:  # shifted first, so that a tiny temperature neither overflows nor blurs
+            logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        probs = logits.softmax(-1)
         if self.top_k is not None and self.top_k < probs.shape[-1]:
             kept = probs.topk(self.top_k, -1).indices  # by index, so that ties never keep more than top_k
             probs = torch.zeros_like(probs).scatter_(-1, kept, probs.gather(-1, kept))

@@ -1,0 +1,73 @@
+import json
+import math
+
+import matplotlib.pyplot as plt
+import pytest
+
+from specdec import report
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path))
+    return tmp_path
+
+
+def test_a_result_has_three_keys_and_its_rows(results):
+    rows = [{"k": 1, "x": 0.123456789}, {"k": 2, "y": "a"}]
+    report.record("cpu", "toy", params={"k": (1, 2)}, values={"good": 1.5, "bad": math.nan}, rows=rows, seed=3)
+    saved = report.load("cpu", "toy")
+    assert set(saved) == {"params", "values", "provenance"}
+    assert saved["params"]["k"] == [1, 2] and saved["values"] == {"good": 1.5, "bad": None}
+    assert {"commit", "dirty", "machine", "threads", "versions", "seed"} <= set(saved["provenance"])
+    assert (results / "cpu" / "toy.csv").read_text() == "k,x,y\n1,0.123457,\n2,,a\n"
+    assert report.load_rows("cpu", "toy")[1]["k"] == 2.0
+    assert not list(results.rglob("*.partial"))
+
+
+def test_what_was_not_run_is_a_sentence():
+    with pytest.raises(ValueError, match="run `make reproduce PROFILE=seed`"):
+        report.load("seed", "benchmark")
+
+
+def test_the_headline_keeps_its_schema(results):
+    report.update_headline("cpu", c=0.1)
+    report.update_headline("cpu", o=0.02)
+    saved = json.loads((results / "cpu" / "headline.json").read_text())
+    assert list(saved) == list(report.HEADLINE) and (saved["c"], saved["o"]) == (0.1, 0.02)
+    assert saved["speedup"]["T0"] == {"value": None, "ci95": None, "k": None} and saved["peers"]["transformers_generate"] is None
+    with pytest.raises(ValueError, match="has no luck"):
+        report.update_headline("cpu", luck=1)
+
+
+def test_equal_pictures_are_equal_files(results):
+    for name in ("a", "b"):
+        report.style()
+        figure, axis = plt.subplots()
+        axis.plot([1, 2, 3], color=report.COLORS["target"])
+        report.save_figure(figure, "cpu", name)
+        plt.close(figure)
+    assert (results / "cpu" / "a.png").read_bytes() == (results / "cpu" / "b.png").read_bytes()
+
+
+def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
+    assert report.readme_block().count("Not measured yet") == 2
+    report.update_headline("cpu", speedup={"T0": {"value": 2.0, "ci95": [1.9, 2.1], "k": 4}, "T1": report.HEADLINE["speedup"]["T1"]})
+    cells = [{"draft": "small", "temperature": 0.0, "k": 4, "speedup": 2.0}, {"draft": "medium", "temperature": 1.0, "k": 8, "speedup": 0.7}]
+    report.record("cpu", "benchmark_cells", params={}, values={}, rows=cells)
+    block = report.readme_block()
+    assert "**2.00×** [1.90, 2.10], k = 4" in block and "not measured yet" in block
+    assert "loses: 1 of 2" in block and "| medium | 1 | 8 | 0.70× |" in block and "| small | 0 | 4" not in block
+
+
+def test_the_readme_changes_only_between_its_markers():
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.with_block(text, "new\n") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    with pytest.raises(ValueError, match="lacks the markers"):
+        report.with_block("nothing", "new")
+
+
+def test_the_committed_readme_is_what_results_say(monkeypatch):
+    monkeypatch.delenv("SPECDEC_RESULTS")
+    text = (report.ROOT / "README.md").read_text()
+    assert text == report.with_block(text, report.readme_block()), "run `make reproduce`, which rewrites the block"
