@@ -13,6 +13,8 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 RUNS := $(NOTEBOOKS:notebooks/%.ipynb=build/$(PROFILE)/notebooks/%.ipynb)
 run = build/$(PROFILE)/notebooks/$(1).ipynb
 
+# absolute, because a notebook's kernel may run in another folder
+export SPECDEC_BUILD ?= $(CURDIR)/build
 # kernels that torch compiles are kept, so that only the first run pays for them
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/build/inductor
 export MPLBACKEND := agg
@@ -61,8 +63,8 @@ build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb | $(VENV)/.done
 
 .PHONY: test
 test: $(VENV)/.done ## the tests and every notebook in the ci profile (10 min)
-	$(BIN)/python -m pytest tests
-	SPECDEC_PROFILE=ci SPECDEC_BUILD=build/test SPECDEC_RESULTS=build/test/results \
+	$(BIN)/python -m pytest tests --durations=5
+	SPECDEC_PROFILE=ci SPECDEC_BUILD=$(CURDIR)/build/test SPECDEC_RESULTS=$(CURDIR)/build/test/results \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
 .PHONY: refresh

@@ -43,7 +43,8 @@ def run(source: Path, target: Path, given: dict[str, str]) -> None:
 
 def refresh(executed: Path, committed: Path) -> None:
     """Put the outputs of executed notebooks into the committed ones, cell by cell, without papermill's traces."""
-    for path in sorted(Path(committed).glob("*.ipynb")):
+    paths = sorted(Path(committed).glob("*.ipynb"))
+    for path in paths:
         source = nbformat.read(path, as_version=4)
         done = nbformat.read(Path(executed) / path.name, as_version=4)
         cells = [c for c in done.cells if "injected-parameters" not in c.metadata.get("tags", ())]
@@ -59,6 +60,8 @@ def refresh(executed: Path, committed: Path) -> None:
                     if "execution_count" in output:
                         output["execution_count"] = count
         nbformat.write(source, path)
+    for path in paths:  # only outputs have changed: nothing has to run again
+        os.utime(Path(executed) / path.name)
 
 
 def index(folder: Path) -> None:
