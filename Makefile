@@ -17,7 +17,6 @@ run = build/$(PROFILE)/notebooks/$(1).ipynb
 export SPECDEC_BUILD ?= $(CURDIR)/build
 # kernels that torch compiles are kept, so that only the first run pays for them
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/build/inductor
-export MPLBACKEND := agg
 export TOKENIZERS_PARALLELISM := false
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
@@ -79,7 +78,7 @@ html: $(VENV)/.done ## the executed notebooks as pages with an index, in build/c
 
 .PHONY: lab
 lab: $(VENV)/.done ## JupyterLab on the notebooks
-	MPLBACKEND= $(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks
 
 .PHONY: clean
 clean: ## remove everything that can be made again
