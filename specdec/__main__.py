@@ -90,9 +90,10 @@ def run_generate(options) -> None:
     tokenizer = tokens_for(profile).tokenizer
     prompt = tokenizer.encode_ordinary(options.prompt)
     target, trace = ready(model_named(profile, "target")), Trace()
+    randomness = Randomness(options.seed, target.device)
     common = dict(
         max_new_tokens=options.max_new_tokens, sampling=sampling, stop=(tokenizer.eot_token,),
-        randomness=Randomness(options.seed), trace=trace,
+        randomness=randomness, trace=trace,
     )  # fmt: skip
     if options.no_draft:
         stream = generate(target, prompt, **common)

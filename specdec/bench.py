@@ -54,7 +54,7 @@ def both(
     return run
 
 
-def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1) -> list[dict]:
+def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, device="cpu") -> list[dict]:
     """One row per arm and prompt: seconds of wall time (prefill included) and what the trace says.
 
     The arms take turns on each prompt, starting with another one each time; the first ``warmup`` prompts run once
@@ -66,7 +66,7 @@ def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup
         for name in names[i % len(names) :] + names[: i % len(names)]:
             trace = Trace(clock=time.perf_counter)
             began = clock()
-            arms[name](prompt, Randomness(seed + i), trace)
+            arms[name](prompt, Randomness(seed + i, device), trace)
             seconds = clock() - began
             if i >= 0:
                 rows.append({"arm": name, "prompt": i, "seconds": seconds} | summary([trace]))
@@ -176,11 +176,11 @@ def measure_costs(
     target: Transformer, draft: Transformer, prompt: list[int], sampling: Sampling, k_max: int, repeats: int = 24
 ) -> Costs:
     """Medians of interleaved timings with ``prompt`` in both caches."""
-    randomness, n_ids, rows = Randomness(0), target.config.n_ids, range(1, k_max + 2)
+    randomness, n_ids, rows = Randomness(0, target.device), target.config.n_ids, range(1, k_max + 2)
     caches = {m: m.new_cache() for m in (target, draft)}
     for model, cache in caches.items():
         prefill(model, prompt + [prompt[-1]], cache)
-    block = torch.tensor([[prompt[i % len(prompt)] for i in range(k_max + 1)]])
+    block = torch.tensor([[prompt[i % len(prompt)] for i in range(k_max + 1)]], device=target.device)
 
     def step(model):
         return randomness.choose(sampling.probs(model(block[:, :1], caches[model])[0, -1, :n_ids]))
@@ -249,7 +249,7 @@ def run(target: Transformer, drafts: dict[str, Transformer], data: TokenData, co
         arms |= {f"B {name}": target_alone(model, config, sampling) for name, model in drafts.items()}
         for name, model in drafts.items():
             arms |= {f"C {name} k={k}": both(target, DraftModel(model), k, config, sampling) for k in config.ks}
-        rows = measure(arms, sweep, seed=config.seed)
+        rows = measure(arms, sweep, seed=config.seed, device=target.device)
         finals = {"A": alone, "A again": alone}
         for name, model in drafts.items():
             key = f"{name} {tag}"
@@ -257,7 +257,7 @@ def run(target: Transformer, drafts: dict[str, Transformer], data: TokenData, co
             traces = []
             for i, prompt in enumerate(sweep):
                 traces.append(Trace(keep_probs=True))
-                both(target, DraftModel(model), k_max, config, sampling)(prompt, Randomness(config.seed + i), traces[-1])
+                both(target, DraftModel(model), k_max, config, sampling)(prompt, Randomness(config.seed + i, target.device), traces[-1])
             out.by_position[key] = acceptance_by_position(traces, k_max)
             out.alpha[key] = alpha(traces)
             costs = measure_costs(target, model, sweep[0] * 2, sampling, k_max)
@@ -274,7 +274,7 @@ def run(target: Transformer, drafts: dict[str, Transformer], data: TokenData, co
             out.cells += list(table.values())
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
         out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
-        again = measure(finals, final, seed=config.seed + 1000)
+        again = measure(finals, final, seed=config.seed + 1000, device=target.device)
         for name in drafts:
             key = f"{name} {tag}"
             k = out.best[key]["k"]

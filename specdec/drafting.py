@@ -37,6 +37,11 @@ class Drafter(Protocol):
         """Only the first ``length`` tokens of what was read, drafted ones included, are still true."""
 
 
+def no_draft(n_ids: int, device: str | torch.device) -> Draft:
+    """The proposal of no token at all; the round is then a plain step of the target."""
+    return Draft(torch.empty(0, dtype=torch.long, device=device), torch.empty(0, n_ids, device=device))
+
+
 class DraftModel:
     """A small Transformer as the drafter, with a cache of its own."""
 
@@ -61,7 +66,7 @@ class DraftModel:
             rows.append(q)
             unread = token[None]  # (1, 1)
         if not tokens:
-            return Draft(torch.empty(0, dtype=torch.long), torch.empty(0, self.n_ids))
+            return no_draft(self.n_ids, self.model.device)
         return Draft(torch.cat(tokens), torch.stack(rows))
 
     def truncate(self, length: int) -> None:
@@ -77,17 +82,17 @@ class PromptLookup:
 
     context = None
 
-    def __init__(self, n_ids: int, longest: int = 3, shortest: int = 1):
+    def __init__(self, n_ids: int, longest: int = 3, shortest: int = 1, device: str | torch.device = "cpu"):
         if not 1 <= shortest <= longest:
             raise ValueError(f"an ending of {shortest} to {longest} tokens cannot be looked up; give 1 ≤ shortest ≤ longest.")
-        self.n_ids, self.longest, self.shortest = n_ids, longest, shortest
+        self.n_ids, self.longest, self.shortest, self.device = n_ids, longest, shortest, device
 
     def start(self) -> None:
         pass
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         found = self._continuation(text, k)
-        tokens = torch.tensor(found, dtype=torch.long)
+        tokens = torch.tensor(found, dtype=torch.long, device=self.device)
         return Draft(tokens, torch.nn.functional.one_hot(tokens, self.n_ids).to(torch.float32))
 
     def _continuation(self, text: list[int], k: int) -> list[int]:

@@ -66,7 +66,7 @@ def generate(
     Ends after ``max_new_tokens``, after a token in ``stop`` (which is emitted), or at the context limit;
     ``trace.finish`` says which. ValueError for an empty prompt, one beyond the context, or ids it does not know.
     """
-    trace, randomness = trace or Trace(), randomness or Randomness()
+    trace, randomness = trace or Trace(), randomness or Randomness(device=target.device)
     limit, reason = _plan(target, prompt, max_new_tokens, target.config.context)
     text, cache = list(prompt), target.new_cache()
     trace.prompt, trace.finish = list(prompt), None
@@ -110,7 +110,7 @@ def speculate(
         raise ValueError(f"k is {k}; draft at least 1 token a round, or use generate() for the target alone.")
     if drafter.n_ids != target.config.n_ids:
         raise ValueError(f"the draft knows {drafter.n_ids} ids and the target {target.config.n_ids}; use one tokenizer.")
-    trace, randomness = trace or Trace(), randomness or Randomness()
+    trace, randomness = trace or Trace(), randomness or Randomness(device=target.device)
     context = min(target.config.context, drafter.context or target.config.context)
     limit, reason = _plan(target, prompt, max_new_tokens, context)
     text, cache = list(prompt), target.new_cache()

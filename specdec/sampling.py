@@ -56,20 +56,18 @@ class Sampling:
 
 
 class Randomness:
-    """Every random decision of a generation, drawn from one `torch.Generator`; ``None`` takes a fresh seed.
+    """Every random decision of a generation, drawn from one generator on the models' device; None: a fresh seed.
 
     The two verbs are all the engine knows of chance. A test's oracle offers the same two and enumerates instead.
     """
 
-    def __init__(self, generator: torch.Generator | int | None = None):
-        if not isinstance(generator, torch.Generator):
-            seed, generator = generator, torch.Generator()
-            generator.seed() if seed is None else generator.manual_seed(seed)
-        self.generator = generator
+    def __init__(self, seed: int | None = None, device: str | torch.device = "cpu"):
+        self.generator = torch.Generator(device)
+        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) float64 in [0, 1), multiples of 2⁻⁵³."""
-        return torch.rand(n, dtype=torch.float64, generator=self.generator)
+        return torch.rand(n, dtype=torch.float64, generator=self.generator, device=self.generator.device)
 
     def choose(self, probs: Tensor) -> Tensor:
         """One index (1,) drawn from probs (V,), by inversion in float64.
@@ -138,7 +136,7 @@ def block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness
     refused = uncovered + 1 - weights[:-1]
     coins = torch.where(refused > 0, uncovered / refused, 1.0)  # (k−1,)
     passed = randomness.flips(torch.cat([coins, weights[-1:]]))  # (k,)
-    accepted = int((passed.long() * torch.arange(1, k + 1)).amax())
+    accepted = int((passed.long() * torch.arange(1, k + 1, device=passed.device)).amax())
     if accepted == k:
         return k, randomness.choose(target_probs[k])
     scale = weights[accepted - 1] if accepted else 1.0
