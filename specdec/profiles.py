@@ -102,7 +102,7 @@ _CPU = Profile(
         "medium": ModelConfig(6, 8, 256, 2, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
     },
     schedules={
-        "target": Schedule((Phase(800, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "target": Schedule((Phase(1500, 80, 1.5e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
         "small": Schedule((Phase(1400, 100, 2e-3, 0.1, 1, 4, 200),), block_size=256, compile=True),
         "medium": Schedule((Phase(600, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
     },
