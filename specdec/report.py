@@ -239,7 +239,7 @@ def _headline_tables(h: dict) -> str:
     ]
     if lossless["checks"] is not None:
         lines += [
-            f"Losslessness, in notebook 04: {lossless["checks"]} checks, {lossless['failed']} failed; {lossless['controls']} deliberate "
+            f"Losslessness, in notebook 04: {lossless['checks']} checks, {lossless['failed']} failed; {lossless['controls']} deliberate "
             f"mistakes, {lossless['controls_rejected']} rejected.",
             "",
         ]
