@@ -61,7 +61,7 @@ build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb | $(VENV)/.done
 	@$(BIN)/python -m specdec.notebooks run $< $@ profile=$(PROFILE) $(PARAMS)
 
 .PHONY: test
-test: $(VENV)/.done ## the tests and every notebook in the ci profile (10 min)
+test: $(VENV)/.done ## the tests and every notebook in the ci profile (5 min)
 	$(BIN)/python -m pytest tests --durations=5
 	SPECDEC_PROFILE=ci SPECDEC_BUILD=$(CURDIR)/build/test SPECDEC_RESULTS=$(CURDIR)/build/test/results \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
