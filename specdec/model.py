@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, (config.n_heads + 2 * config.n_kv_heads) * config.head_size, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, rows, start: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, rows, at, end: int) -> Tensor:
         B, T, C = x.shape
         H, K, D = self.n_heads, self.n_kv_heads, self.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H+2K, T, D)
@@ -94,8 +94,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)  # (B, H, T, D)
         else:
             keys, values = rows  # this layer's (B, K, S, D)
-            keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
-            k, v = keys[:, :, : start + T], values[:, :, : start + T]
+            keys[:, :, at], values[:, :, at] = k, v
+            k, v = keys[:, :, :end], values[:, :, :end]
             # the queries that share a key-value head become rows of one product: nothing is copied, and for one
             # token it is several times faster than the library's own grouping
             y = F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, attn_mask=mask)
@@ -172,19 +172,27 @@ class Transformer(nn.Module):
         if cache is None:
             if ids.shape[1] > self.config.context:
                 raise ValueError(f"{ids.shape[1]} tokens exceed the context of {self.config.context}; shorten the text.")
-            return self._forward(ids, None, None, 0)
-        return self._forward(ids, cache.k, cache.v, cache.append(ids.shape[1]))
+            return self._forward(ids, None, None, slice(0, ids.shape[1]), 0)
+        start = cache.append(ids.shape[1])
+        return self._forward(ids, cache.k, cache.v, slice(start, cache.length), cache.length)
 
-    def _forward(self, ids: Tensor, keys: Tensor | None, values: Tensor | None, start: int) -> Tensor:
-        T = ids.shape[1]
-        rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, D/2)
-        # training is plainly causal; one new token sees all there is: only a block on top of a cache needs a mask
+    def forward_at(self, ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """`forward` with every shape fixed, for torch.compile and CUDA graphs: where the tokens go is data.
+
+        ``positions`` (T,) are rows of a cache's ``keys`` and ``values`` (layers, B, K, S, D). All S rows are read and
+        those after a token's own are masked, so that whatever is in them does not matter.
+        """
+        return self._forward(ids, keys, values, positions, keys.shape[3])
+
+    def _forward(self, ids: Tensor, keys: Tensor | None, values: Tensor | None, at: slice | Tensor, end: int) -> Tensor:
+        rotary = self.cos[at], self.sin[at]  # (T, D/2)
+        # training is plainly causal, and one new token sees all there is: neither needs a mask
         mask = None
-        if keys is not None and T > 1:
-            mask = self.causal[start : start + T, : start + T].repeat(self.config.n_heads // self.config.n_kv_heads, 1)
+        if keys is not None and (ids.shape[1] > 1 or isinstance(at, Tensor)):
+            mask = self.causal[at, :end].repeat(self.config.n_heads // self.config.n_kv_heads, 1)
         x = self.embedding(ids)  # (B, T, C)
         for i, layer in enumerate(self.blocks):
-            x = layer(x, rotary, mask, None if keys is None else (keys[i], values[i]), start)
+            x = layer(x, rotary, mask, None if keys is None else (keys[i], values[i]), at, end)
         return self.head(self.norm(x))  # (B, T, V)
 
 

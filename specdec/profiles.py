@@ -102,11 +102,11 @@ _CPU = Profile(
         "medium": ModelConfig(6, 8, 256, 2, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
     },
     schedules={
-        "target": Schedule((Phase(1500, 80, 1.5e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "target": Schedule((Phase(1200, 80, 1.5e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
         "small": Schedule((Phase(1400, 100, 2e-3, 0.1, 1, 4, 200),), block_size=256, compile=True),
-        "medium": Schedule((Phase(700, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "medium": Schedule((Phase(500, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
     },
-    distillation=Schedule((Phase(500, 50, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+    distillation=Schedule((Phase(800, 50, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
     bench=BenchConfig(
         n_prompts=32, prompt_tokens=32, new_tokens=96, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4
     ),

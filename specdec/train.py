@@ -99,7 +99,7 @@ def train(
                 })  # fmt: skip
 
         parallel = DistributedDataParallel(model) if world > 1 else model
-        step_loss = compiled(loss) if schedule.compile else loss
+        step_loss = compiled(loss, device) if schedule.compile else loss
         began = saved_at = time.perf_counter()
         bar = tqdm(total=schedule.iterations, initial=done, desc=title, disable=not (chief and sys.stderr.isatty()))
         model.train()
@@ -224,9 +224,9 @@ def can_compile(device: torch.device | str = "cpu") -> bool:
     return shutil.which(compiler) is not None and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
-def compiled(function, **options):
+def compiled(function, device: torch.device | str = "cpu", **options):
     """torch.compile where it can; otherwise the function itself, slower and no different."""
-    if not can_compile():
+    if not can_compile(device):
         return function
     torch._dynamo.config.recompile_limit = 64  # several models go through the same code in one process
     return torch.compile(function, **options)
