@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, (config.n_heads + 2 * config.n_kv_heads) * config.head_size, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, rows, at, end: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask=None, rows=None, at=None, end=None) -> Tensor:
         B, T, C = x.shape
         H, K, D = self.n_heads, self.n_kv_heads, self.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H+2K, T, D)
