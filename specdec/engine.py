@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .drafting import Drafter
 from .model import Transformer
-from .sampling import Randomness, Rule, Sampling, token_wise
+from .sampling import Randomness, Rule, Sampling, not_finite, token_wise
 
 
 class Round(NamedTuple):
@@ -77,7 +77,7 @@ def generate(
     while len(text) < limit:
         logits = target(token[None], cache)[0, -1, : target.config.n_ids]  # (V,)
         token = randomness.choose(sampling.probs(logits, "target"))  # (1,)
-        text.append(int(token))
+        text.append(_checked(int(token), target.config.n_ids, "target"))
         trace.tokens.append(text[-1])
         trace.target_passes += 1
         trace.mark("decode")
@@ -128,15 +128,17 @@ def speculate(
         trace.mark("draft")
 
         # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
-        unread = torch.cat([torch.tensor(text[cache.length :], device=drafted.device), drafted])
+        unread = torch.cat([torch.tensor(text[cache.length :], device=target.device), drafted])
         logits = target(unread[None], cache)[0, :, : target.config.n_ids]  # (k+1, V)
         p = sampling.probs(logits, "target")
         trace.mark("verify")
 
         # 3. Decide: a prefix of the drafts stays, and one token of the target's own follows it.
         accepted, following = rule(drafted, q, p, randomness)
-        proposal = drafted.tolist()
-        emitted = proposal[:accepted] + following.tolist()
+        decision = torch.cat([torch.as_tensor(accepted, device=target.device)[None], drafted, following])
+        accepted, *proposal, following = decision.tolist()  # the only time that the host waits for the device
+        _checked(following, target.config.n_ids, "target", q)
+        emitted = proposal[:accepted] + [following]
         for i, token in enumerate(emitted):
             if token in stop:
                 emitted, reason, limit = emitted[: i + 1], "stop", start + i + 1
@@ -163,6 +165,13 @@ def prefill(target: Transformer, text: list[int], cache) -> None:
     """Read all of the text but its last token, which the first decoding step reads."""
     if len(text) > 1:
         target(torch.tensor([text[:-1]], device=target.device), cache)
+
+
+def _checked(token: int, n_ids: int, model: str, draft_probs: Tensor | None = None) -> int:
+    """``token``, or the error that `Sampling.probs` could not raise without making an accelerator wait."""
+    if token >= n_ids:
+        raise ValueError(not_finite("draft model" if draft_probs is not None and draft_probs.isnan().any() else model))
+    return token
 
 
 def _plan(target: Transformer, prompt: list[int], max_new_tokens: int, context: int) -> tuple[int, str]:

@@ -33,15 +33,21 @@ class Sampling:
     def probs(self, logits: Tensor, model: str = "model") -> Tensor:
         """Logits (…, V) → probabilities (…, V), in float32, or float64 if the logits are.
 
-        ``model`` names the culprit when a logit is infinite or not a number (ValueError).
+        ``model`` names the culprit when a logit is infinite or not a number: a ValueError on the CPU. To look would
+        make an accelerator wait, so there the whole row becomes NaN, and the engine finds out with the next token.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if not math.isfinite(logits.sum()):
-            raise ValueError(f"the {model} produced a logit that is not finite; check its weights and its data type.")
+        if logits.device.type == "cpu":
+            if not math.isfinite(logits.sum()):
+                raise ValueError(not_finite(model))
+        else:
+            logits = logits + 0 * logits.sum(-1, keepdim=True)
         if self.temperature == 0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+            probs = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+            return probs if logits.device.type == "cpu" else probs + 0 * logits
         if self.temperature != 1:  # shifted first, so that a tiny temperature neither overflows nor blurs
-            logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+            least = torch.finfo(logits.dtype).tiny  # below it the division would be by zero
+            logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, least)
         probs = logits.softmax(-1)
         if self.top_k is not None and self.top_k < probs.shape[-1]:
             kept = probs.topk(self.top_k, -1).indices  # by index, so that ties never keep more than top_k
@@ -53,6 +59,10 @@ class Sampling:
             probs = torch.zeros_like(probs).scatter_(-1, order, ranked * (before < self.top_p))
             probs = probs / probs.sum(-1, keepdim=True)
         return probs
+
+
+def not_finite(model: str) -> str:
+    return f"the {model} produced a logit that is not finite; check its weights and its data type."
 
 
 class Randomness:
@@ -72,7 +82,8 @@ class Randomness:
     def choose(self, probs: Tensor) -> Tensor:
         """One index (1,) drawn from probs (V,), by inversion in float64.
 
-        ``right=True`` and u < 1 together mean that an index of probability zero is never chosen.
+        ``right=True`` and u < 1 together mean that an index of probability zero is never chosen. Out of a row of NaN
+        comes V, which is no index.
         """
         cdf = probs.cumsum(-1, dtype=torch.float64)  # (V,)
         return torch.searchsorted(cdf, self.uniforms(1) * cdf[-1], right=True)  # (1,)
@@ -82,16 +93,28 @@ class Randomness:
         return self.uniforms(probs.shape[-1]) < probs
 
 
+class Numbers(Randomness):
+    """Uniform numbers that were drawn before, handed out in order: chance for a captured graph, which cannot draw."""
+
+    def __init__(self, numbers: Tensor):
+        self.numbers, self.used = numbers, 0
+
+    def uniforms(self, n: int) -> Tensor:
+        self.used += n
+        return self.numbers[self.used - n : self.used]
+
+
 class Rule(Protocol):
     """A verification rule: how many drafted tokens stay, and which token follows them.
 
     drafted (k,) ids · draft_probs (k, V), the rows they were drawn from · target_probs (k+1, V) → (accepted, next),
-    ``accepted`` an int in 0 … k, ``next`` an id (1,). Lossless when the emitted tokens follow the target's law.
+    ``accepted`` an integer () in 0 … k, ``next`` an id (1,). Lossless when the emitted tokens follow the target's law.
+    Both stay on the device: no rule waits for a value, so that one synchronisation a round is enough.
     """
 
     def __call__(
         self, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
-    ) -> tuple[int, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def residual(target_probs: Tensor, draft_probs: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -103,44 +126,76 @@ def residual(target_probs: Tensor, draft_probs: Tensor, scale: float | Tensor = 
 
 def token_wise(
     drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
-) -> tuple[int, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Keep xᵢ while uᵢ < p(xᵢ)/q(xᵢ); at the first refusal draw from norm(max(p − q, 0)), else the bonus from p."""
-    k = drafted.shape[0]
-    if k == 0:
-        return 0, randomness.choose(target_probs[0])
-    p = target_probs[:k].gather(-1, drafted[:, None])[:, 0]  # (k,)
-    q = draft_probs.gather(-1, drafted[:, None])[:, 0]  # (k,), positive: the tokens were drawn from it
+    p, q = _of_drafted(drafted, draft_probs, target_probs)
     kept = randomness.flips((p / q).clamp(max=1))  # (k,)
-    accepted = int(kept.long().cumprod(0).sum())
-    if accepted == k:
-        return k, randomness.choose(target_probs[k])
-    return accepted, randomness.choose(residual(target_probs[accepted], draft_probs[accepted]))
+    accepted = kept.long().cumprod(0).sum()  # ()
+    return accepted, randomness.choose(_following(accepted, draft_probs, target_probs))
 
 
-def block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness) -> tuple[int, Tensor]:
+def block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness) -> tuple[Tensor, Tensor]:
     """Judge the block as a whole: never keeps fewer tokens than `token_wise` on average, the same law.
 
     Pᵢ = min(1, Pᵢ₋₁·p(xᵢ)/q(xᵢ)); the *largest* i that passes its coin hᵢ stays, and the residual uses P_τ·p − q.
     """
     k = drafted.shape[0]
-    if k == 0:
-        return 0, randomness.choose(target_probs[0])
-    p = target_probs[:k].gather(-1, drafted[:, None])[:, 0]
-    q = draft_probs.gather(-1, drafted[:, None])[:, 0]
-    weights, weight = [], target_probs.new_ones(())
+    p, q = _of_drafted(drafted, draft_probs, target_probs)
+    weights = [p.new_ones(())]
     for ratio in p / q:
-        weight = (weight * ratio).clamp(max=1)
-        weights.append(weight)
-    weights = torch.stack(weights)  # (k,) P₁ … P_k
-    uncovered = (weights[:-1, None] * target_probs[1:k] - draft_probs[1:]).clamp_(min=0).sum(-1)  # (k−1,)
-    refused = uncovered + 1 - weights[:-1]
-    coins = torch.where(refused > 0, uncovered / refused, 1.0)  # (k−1,)
-    passed = randomness.flips(torch.cat([coins, weights[-1:]]))  # (k,)
-    accepted = int((passed.long() * torch.arange(1, k + 1, device=passed.device)).amax())
-    if accepted == k:
-        return k, randomness.choose(target_probs[k])
-    scale = weights[accepted - 1] if accepted else 1.0
-    return accepted, randomness.choose(residual(target_probs[accepted], draft_probs[accepted], scale))
+        weights.append((weights[-1] * ratio).clamp(max=1))
+    weights = torch.stack(weights)  # (k+1,) P₀ … P_k
+    uncovered = (weights[1:k, None] * target_probs[1:k] - draft_probs[1:]).clamp_(min=0).sum(-1)  # (k−1,)
+    refused = uncovered + 1 - weights[1:k]
+    coins = torch.where(refused > 0, uncovered / refused, 1.0)  # (k−1,) h₁ … h_{k−1}; the last one is P_k
+    passed = randomness.flips(torch.cat([coins, weights[k:]])[:k])  # (k,)
+    accepted = torch.cat([passed.new_zeros(1), passed]).long().mul(torch.arange(k + 1, device=passed.device)).amax()
+    return accepted, randomness.choose(_following(accepted, draft_probs, target_probs, weights))
+
+
+def _of_drafted(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """p(xᵢ) and q(xᵢ), each (k,); q is positive, because the tokens were drawn from it."""
+    ids = drafted[:, None]
+    return target_probs[: len(ids)].gather(-1, ids)[:, 0], draft_probs.gather(-1, ids)[:, 0]
+
+
+def _following(accepted: Tensor, draft_probs: Tensor, target_probs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The distribution (V,) of the token after the accepted ones: the residual, or p itself if none was refused.
+
+    ``accepted`` indexes rows as a tensor: Python's own branch would wait for its value.
+    """
+    row, k = accepted[None], draft_probs.shape[0]
+    p = target_probs.index_select(0, row)[0]
+    if k == 0:
+        return p
+    q = draft_probs.index_select(0, row.clamp(max=k - 1))[0]
+    scale = 1.0 if weights is None else weights.index_select(0, row)
+    return torch.where(row < k, residual(p, q, scale), p)
 
 
 RULES: dict[str, Rule] = {"token-wise": token_wise, "block": block}
+
+
+class _Coins:
+    """In place of `Randomness`: remembers the coins that a rule wants to toss, and refuses every draft."""
+
+    def flips(self, probs: Tensor) -> Tensor:
+        self.probs = probs
+        return torch.zeros_like(probs, dtype=torch.bool)
+
+    def choose(self, probs: Tensor) -> Tensor:
+        return probs.argmax(-1, keepdim=True)
+
+
+def expected_accepted(rule: Rule, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> float:
+    """E[accepted | drafted]: the rule's own coins weighed instead of tossed, so that two rules can be compared without
+    the noise of their coins. Knows how the rules of `RULES` read their coins; ValueError for another."""
+    if rule not in RULES.values():
+        raise ValueError(f"how {rule.__name__} reads its coins is not known; compare samples, or teach this function.")
+    if not len(drafted):
+        return 0.0
+    coins = _Coins()
+    rule(drafted, draft_probs, target_probs, coins)
+    if rule is token_wise:  # the i-th stays if coins 1 … i all pass
+        return float(coins.probs.cumprod(0).sum())
+    return float((1 - (1 - coins.probs).flip(0).cumprod(0)).sum())  # … if any of the coins i … k passes

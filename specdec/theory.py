@@ -45,6 +45,21 @@ def speedup(
     return tokens_per_round(alpha, k) / round_cost(k, c, v, o)
 
 
+def text_cost(
+    n: int, alphas: Sequence[float], k: int, c: float, v: Callable[[int], float] | float = 1.0, o: float = 0.0
+) -> float:
+    """Expected cost in target steps of a text of n tokens, whose last rounds draft less: no more than is still wanted."""
+    cost = [0.0]  # of the last m tokens
+    for m in range(1, n + 1):
+        drafted = min(k, m - 1)
+        total, reached = round_cost(drafted, c, v, o), 1.0
+        for accepted in range(drafted):
+            total += reached * (1 - alphas[accepted]) * cost[m - 1 - accepted]
+            reached *= alphas[accepted]
+        cost.append(total + reached * cost[m - 1 - drafted])
+    return cost[n]
+
+
 def best_k(
     alpha: float | Sequence[float],
     c: float,

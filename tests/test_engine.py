@@ -18,14 +18,17 @@ def texts(target, draft, prompt, k, **options):
 
 @pytest.mark.parametrize("k", range(1, 9))
 @pytest.mark.parametrize("rule", RULES)
-def test_greedy_identity(k, rule):
+def test_greedy_identity(proof, k, rule):
     """Float64, temperature 0: the same tokens as the target alone, with any drafter."""
     target = make_model(2, 16, 1, vocab_size=40, n_ids=37, context=64)
     expected = list(generate(target, [1, 2, 3], max_new_tokens=40, sampling=GREEDY))
     for draft in (make_model(1, 8, 2, vocab_size=40, n_ids=37, context=64), target, PromptLookup(37)):
         trace = Trace()
         options = dict(max_new_tokens=40, sampling=GREEDY, trace=trace, rule=RULES[rule])
-        assert texts(target, draft, [1, 2, 3], k, **options) == expected == trace.tokens
+        text = texts(target, draft, [1, 2, 3], k, **options)
+        different = sum(a != b for a, b in zip(text, expected))
+        proof.check("temperature 0 in float64, k = 1 to 8", "tokens that differ", different, 0, len(expected))
+        assert text == expected == trace.tokens
         if draft is target:  # everything is accepted, so the passes are as few as they can be
             assert trace.target_passes == -(-40 // (k + 1))
 
@@ -34,7 +37,7 @@ def test_greedy_identity(k, rule):
     prompt=st.lists(st.integers(0, 4), min_size=1, max_size=10), n=st.integers(0, 20), k=st.integers(1, 9),
     T=st.sampled_from([0.0, 0.7, 1.0]), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_lengths_counts_and_the_context_limit(prompt, n, k, T, seed):
     target, draft, trace = make_model(2, 16, 1), make_model(1, 8, 2), Trace()
     out = texts(target, draft, prompt, k, max_new_tokens=n, sampling=Sampling(T), randomness=Randomness(seed), trace=trace)
@@ -83,46 +86,6 @@ def test_a_stop_token_inside_a_block_ends_the_text_there():
         trace = Trace()
         assert list(generate(target, [1, 2, 3], max_new_tokens=40, sampling=GREEDY, stop=(stop,), trace=trace)) == cut
         assert trace.finish == "stop"
-
-
-def test_cached_decisions_equal_uncached_ones(pair):
-    """The detector of the cache hole: every row of p and q is what a model without a cache computes."""
-    target, draft = pair
-    for k in (1, 2, 4):
-        for drafter in (draft, target):  # with the target as the draft, every round is fully accepted
-            trace = Trace(keep_probs=True)
-            texts(target, drafter, [1, 2], k, max_new_tokens=13, randomness=Randomness(k), trace=trace)
-            text = [1, 2] + trace.tokens
-            for r in trace.rounds:
-                read = torch.tensor([text[: r.start] + r.drafted])
-                with torch.no_grad():
-                    p = target(read)[0, r.start - 1 :, :5].softmax(-1)
-                    q = drafter(read)[0, r.start - 1 : -1, :5].softmax(-1) if r.drafted else r.draft_probs
-                assert torch.allclose(r.target_probs, p, atol=1e-12)
-                assert torch.allclose(r.draft_probs, q, atol=1e-12)
-
-
-class _Hole(DraftModel):
-    """Claims to have read its own last draft after a fully accepted round."""
-
-    def propose(self, text, k, sampling, randomness):
-        if 0 < self.cache.length < len(text) - 1:
-            self.cache.k[..., self.cache.length, :] = 0
-            self.cache.v[..., self.cache.length, :] = 0
-            self.cache.append(1)
-        return super().propose(text, k, sampling, randomness)
-
-
-def test_the_hole_leaves_the_text_exact_and_the_detector_finds_it():
-    target = make_model(2, 16, 1, vocab_size=40, n_ids=37, context=64, scale=3)
-    draft = target  # accepted entirely, unless its cache is wrong
-    expected = list(generate(target, [1, 2, 3], max_new_tokens=40, sampling=GREEDY))
-    traces = Trace(), Trace()
-    for drafter, trace in zip((DraftModel(draft), _Hole(draft)), traces):
-        out = list(speculate(target, [1, 2, 3], drafter=drafter, k=1, max_new_tokens=40, sampling=GREEDY, trace=trace))
-        assert out == expected
-    right, hole = (sum(r.accepted for r in t.rounds) for t in traces)
-    assert hole < right
 
 
 def test_streams_and_times_are_traced(pair):

@@ -34,3 +34,17 @@ def test_best_k_is_the_best_and_the_smallest_of_equals():
     assert theory.best_k(0.8, 0.1) == max(range(1, 17), key=lambda k: theory.speedup(0.8, k, 0.1))
     assert theory.best_k(0.0, 0.0) == 1
     assert theory.best_k([0.9, 0.9, 0.0], 0.05, v=lambda m: 1 + 0.01 * m, o=0.02) == 2
+
+
+def test_cost_of_a_text():
+    assert theory.text_cost(0, [0.5], 1, 0.1) == 0
+    assert theory.text_cost(1, [0.5], 4, 0.1, 1.0, 0.05) == pytest.approx(1.05)  # nothing to draft for one token
+    # two tokens, k = 1: one round if the draft stays, else another one of a single token
+    assert theory.text_cost(2, [0.7], 1, 0.1) == pytest.approx(1.1 + 0.3 * 1.0)
+    assert theory.text_cost(3, [1.0, 1.0], 2, 0.1, lambda m: m) == pytest.approx(0.2 + 3)
+
+
+def test_a_long_text_costs_what_its_rounds_cost():
+    alphas = [0.8, 0.7, 0.6]
+    per_token = theory.text_cost(4000, alphas, 3, 0.1, 1.2, 0.05) / 4000
+    assert 1 / per_token == pytest.approx(theory.speedup(alphas, 3, 0.1, 1.2, 0.05), rel=2e-3)
