@@ -4,13 +4,17 @@ A drafter keeps whatever state it likes about the text so far and forgets the en
 asks how the tokens were found, so a new idea is a new class here and nothing else.
 """
 
+from functools import partial
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .data import TokenData
+from .inference import Captured
 from .model import Transformer
-from .sampling import Randomness, Sampling
+from .sampling import Numbers, Randomness, Sampling
 
 
 class Draft(NamedTuple):
@@ -43,34 +47,92 @@ def no_draft(n_ids: int, device: str | torch.device) -> Draft:
 
 
 class DraftModel:
-    """A small Transformer as the drafter, with a cache of its own."""
+    """A small Transformer as the drafter, with a cache of its own.
 
-    def __init__(self, model: Transformer):
-        self.model = model
+    ``ids`` (N,) are the only tokens that a model with a trimmed output layer offers (`inference.trimmed`); q is zero
+    on all others.
+    """
+
+    def __init__(self, model: Transformer, ids: Tensor | None = None):
+        self.model, self.ids = model, ids
         self.n_ids, self.context = model.config.n_ids, model.config.context
+        if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_ids:
+            raise ValueError(f"the draft is to offer an id outside 0 … {self.n_ids - 1}; give ids of the tokenizer.")
         self.cache = model.new_cache()
 
     def start(self) -> None:
         self.cache.truncate(0)
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
+        if k == 0:
+            return no_draft(self.n_ids, self.model.device)
         tokens, rows = [], []
         # Usually one token is unread. After a round in which every draft was accepted it is two: the last draft was
         # drawn but never read. Reading all that is missing, whatever it is, leaves no hole in the cache.
         unread = torch.tensor([text[self.cache.length :]], device=self.model.device)  # (1, 1 or 2)
         for _ in range(k):
-            logits = self.model(unread, self.cache)[0, -1, : self.n_ids]  # (V,)
-            q = sampling.probs(logits, "draft model")
-            token = randomness.choose(q)  # (1,)
+            token, q = self.draw(self.model(unread, self.cache)[0, -1], sampling, randomness)
             tokens.append(token)
             rows.append(q)
             unread = token[None]  # (1, 1)
-        if not tokens:
-            return no_draft(self.n_ids, self.model.device)
-        return Draft(torch.cat(tokens), torch.stack(rows))
+        return Draft(torch.cat(tokens), self.spread(torch.stack(rows)))
+
+    def draw(self, logits: Tensor, sampling: Sampling, randomness: Randomness) -> tuple[Tensor, Tensor]:
+        """One id (1,) and the row that it was drawn from, (V,) or with a trimmed output layer (N,)."""
+        q = sampling.probs(logits[: self.n_ids], "draft model")
+        token = randomness.choose(q)
+        return token if self.ids is None else self.ids[token], q
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows over the offered ids (k, N) → over all ids (k, V)."""
+        if self.ids is None:
+            return rows
+        return rows.new_zeros(len(rows), self.n_ids).index_copy_(1, self.ids, rows)
 
     def truncate(self, length: int) -> None:
         self.cache.truncate(length)
+
+
+class CapturedDraftModel(DraftModel):
+    """The same, with all k steps of a round as one CUDA graph: between two drafts nothing waits for Python.
+
+    Its shapes are fixed, so a round always begins by reading the last two tokens, of which one is usually known, and
+    always drafts as many tokens as the longest round did; what is not asked for is cut off, whatever it is.
+    """
+
+    def __init__(self, model: Transformer, ids: Tensor | None = None):
+        super().__init__(model, ids)
+        self.graphs: dict[Sampling, tuple[int, Captured]] = {}
+
+    def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
+        if k == 0:
+            return no_draft(self.n_ids, self.model.device)
+        device, known = self.model.device, max(0, len(text) - 2)
+        if self.cache.length < known:
+            self.model(torch.tensor([text[self.cache.length : known]], device=device), self.cache)
+        last = torch.tensor([text[-2:] if known or len(text) == 2 else text * 2], device=device)  # (1, 2)
+        positions = torch.tensor([max(0, len(text) - 2), len(text) - 1], device=device)
+        width, graph = self.graphs.get(sampling, (0, None))
+        numbers = torch.zeros(max(k, width), dtype=torch.float64, device=device)
+        numbers[:k] = randomness.uniforms(k)
+        if k > width:
+            graph = Captured(partial(self.chain, sampling), last, positions, numbers)
+            self.graphs[sampling] = k, graph
+        tokens, rows = graph(last, positions, numbers)
+        self.cache.length = len(text) + k - 1
+        return Draft(tokens[:k].clone(), self.spread(rows[:k]).clone())
+
+    def chain(self, sampling: Sampling, unread: Tensor, positions: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (n,) and rows (n, V or N) for n uniform numbers, after reading ``unread`` (1, 2) at ``positions``."""
+        chance, tokens, rows = Numbers(numbers), [], []
+        for _ in numbers:
+            logits = self.model.forward_at(unread, positions, self.cache.k, self.cache.v)[0, -1]
+            token, q = self.draw(logits, sampling, chance)
+            token = token.clamp(max=self.n_ids - 1)  # a row of NaN offers V; the engine sees the row itself
+            tokens.append(token)
+            rows.append(q)
+            unread, positions = token[None], (positions[-1:] + 1).clamp(max=self.context - 1)
+        return torch.cat(tokens), torch.stack(rows)
 
 
 class PromptLookup:
@@ -105,3 +167,11 @@ class PromptLookup:
 
     def truncate(self, length: int) -> None:
         pass
+
+
+def frequent_ids(data: TokenData, n: int) -> Tensor:
+    """The n ids that the training text uses most, in ascending order: what a trimmed output layer keeps."""
+    if not 0 < n <= data.tokenizer.n_vocab:
+        raise ValueError(f"{n} ids cannot be kept of {data.tokenizer.n_vocab}; give 1 to all of them.")
+    counts = np.bincount(data.train, minlength=data.tokenizer.n_vocab)
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:n]))

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+Rows = Tensor | tuple[Tensor, ...]  # cached keys or values by layer: one block, or a tensor for each
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a Transformer; two models with equal configs have interchangeable weights."""
@@ -53,14 +56,10 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int = 1, capacity: int | None = None, dtype=None, device=None):
-        shape = (config.n_layers, batch, config.n_kv_heads, capacity or config.context, config.head_size)
+        self.capacity, self.length = capacity or config.context, 0
+        shape = (config.n_layers, batch, config.n_kv_heads, self.capacity, config.head_size)
         self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, S, D)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[3]
 
     def append(self, n: int) -> int:
         """Claim the next n rows and return the first one's index; ValueError when they do not fit."""
@@ -176,15 +175,15 @@ class Transformer(nn.Module):
         start = cache.append(ids.shape[1])
         return self._forward(ids, cache.k, cache.v, slice(start, cache.length), cache.length)
 
-    def forward_at(self, ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward_at(self, ids: Tensor, positions: Tensor, keys: Rows, values: Rows) -> Tensor:
         """`forward` with every shape fixed, for torch.compile and CUDA graphs: where the tokens go is data.
 
-        ``positions`` (T,) are rows of a cache's ``keys`` and ``values`` (layers, B, K, S, D). All S rows are read and
-        those after a token's own are masked, so that whatever is in them does not matter.
+        ``positions`` (T,) are rows of a cache's ``keys`` and ``values``, for each layer (B, K, S, D). All S rows are
+        read and those after a token's own are masked, so that whatever is in them does not matter.
         """
-        return self._forward(ids, keys, values, positions, keys.shape[3])
+        return self._forward(ids, keys, values, positions, keys[0].shape[2])
 
-    def _forward(self, ids: Tensor, keys: Tensor | None, values: Tensor | None, at: slice | Tensor, end: int) -> Tensor:
+    def _forward(self, ids: Tensor, keys: Rows | None, values: Rows | None, at: slice | Tensor, end: int) -> Tensor:
         rotary = self.cos[at], self.sin[at]  # (T, D/2)
         # training is plainly causal, and one new token sees all there is: neither needs a mask
         mask = None

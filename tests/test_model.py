@@ -140,6 +140,17 @@ def test_packing_changes_no_bit():
             assert torch.equal(plain(ids, plain.new_cache()), packed(ids, packed.new_cache()))
 
 
+@torch.inference_mode()
+def test_packing_float32_changes_rounding_only():
+    config = ModelConfig(2, 4, 64, 2, vocab_size=128, n_ids=128, context=32)
+    plain = Transformer(config, torch.Generator().manual_seed(0)).eval()
+    packed = ready(plain, "float32")
+    assert isinstance(packed.head, PackedLinear) == torch.backends.mkldnn.is_available()
+    for n in (1, 2, 5, 9):
+        ids = torch.randint(128, (1, n), generator=torch.Generator().manual_seed(n))
+        torch.testing.assert_close(packed(ids, packed.new_cache()), plain(ids, plain.new_cache()))
+
+
 def test_ready_leaves_the_model_alone():
     model = make_model(1, 8, 0)
     fast = ready(model, "float32")

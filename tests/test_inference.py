@@ -1,0 +1,191 @@
+"""Every fast path against the plain one: fixed shapes, captured drafts, trimmed output layers, exact passes."""
+
+import pytest
+import torch
+from conftest import make_model
+
+from specdec.drafting import CapturedDraftModel, DraftModel, frequent_ids
+from specdec.engine import Trace, generate, speculate
+from specdec.inference import EXACT_ROWS, PASSES, Captured, FixedShapes, ready, trimmed
+from specdec.profiles import get_profile
+from specdec.model import Transformer
+from specdec.sampling import RULES, Randomness, Sampling
+
+
+def texts(target, drafter, seeds=range(8), prompt=(1, 0, 2), n=11, k=3, **options):
+    out = []
+    for seed in seeds:
+        trace = Trace()
+        tokens = speculate(target, list(prompt), drafter=drafter, k=k, max_new_tokens=n, randomness=Randomness(seed),
+                           trace=trace, **options)  # fmt: skip
+        out.append((list(tokens), [(r.drafted, r.accepted) for r in trace.rounds]))
+    return out
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2}, {"n_heads": 4, "n_kv_heads": 1}])
+def test_a_pass_of_fixed_shape_is_the_same_pass(shape):
+    model = make_model(context=32, **shape)
+    cache, fixed = model.new_cache(), model.new_cache()
+    ids = torch.randint(0, 5, (1, 9), generator=torch.Generator().manual_seed(0))
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        logits = model(ids[:, start:end], cache)
+        positions = torch.arange(start, end)
+        torch.testing.assert_close(model.forward_at(ids[:, start:end], positions, fixed.k, fixed.v), logits)
+    torch.testing.assert_close(fixed.k, cache.k)
+
+
+@torch.inference_mode()
+def test_rows_beyond_the_text_do_not_matter():
+    model = make_model(context=16)
+    cache = model.new_cache()
+    clean = model.forward_at(torch.tensor([[1, 2]]), torch.arange(2), cache.k, cache.v)
+    cache.k.normal_(), cache.v.normal_()
+    torch.testing.assert_close(model.forward_at(torch.tensor([[1, 2]]), torch.arange(2), cache.k, cache.v), clean)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sizes", [(8,), (1, 4), (1, 2, 3)])
+def test_repeating_the_last_token_changes_nothing(sizes):
+    """Up to the last row of the context, where there is no room for other padding."""
+    model = make_model(context=12)
+    fixed = FixedShapes(model, model.forward_at, sizes)
+    cache, other = model.new_cache(), fixed.new_cache()
+    ids = torch.randint(0, 5, (1, 12), generator=torch.Generator().manual_seed(1))
+    for start, end in ((0, 3), (3, 4), (4, 7), (7, 11), (11, 12)):
+        torch.testing.assert_close(fixed(ids[:, start:end], other), model(ids[:, start:end], cache))
+    assert other.length == cache.length == 12
+
+
+@pytest.mark.parametrize("passes", [name for name in PASSES if name != "compiled"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0), Sampling(1.3, top_k=3)], ids=str)
+def test_the_same_text_by_every_path(pair, passes, rule, sampling):
+    target, draft = pair
+    plain = texts(target, DraftModel(draft), rule=RULES[rule], sampling=sampling)
+    fast = ready(target, torch.float64, passes)
+    assert texts(fast, DraftModel(ready(draft, torch.float64, passes)), rule=RULES[rule], sampling=sampling) == plain
+    assert texts(fast, CapturedDraftModel(draft), rule=RULES[rule], sampling=sampling) == plain
+
+
+def test_captured_drafts_reach_the_end_of_the_context(pair):
+    target, draft = pair
+    for prompt, n in (([1], 15), ([3, 1], 14), ([0] * 9, 7), ([2] * 15, 1)):
+        plain = texts(target, DraftModel(draft), prompt=prompt, n=n, k=5)
+        assert texts(target, CapturedDraftModel(draft), prompt=prompt, n=n, k=5) == plain
+        assert all(len(tokens) == n for tokens, _ in plain)
+
+
+def test_captured_drafts_grow_with_k(pair):
+    target, draft = pair
+    drafter = CapturedDraftModel(draft)
+    for k in (2, 4, 1):
+        assert texts(target, drafter, k=k) == texts(target, DraftModel(draft), k=k)
+
+
+def test_kept_rows_are_not_overwritten_by_later_rounds(pair):
+    target, draft = pair
+    trace, plain = Trace(keep_probs=True), Trace(keep_probs=True)
+    for drafter, into in ((CapturedDraftModel(draft), trace), (DraftModel(draft), plain)):
+        list(speculate(target, [1], drafter=drafter, k=2, max_new_tokens=9, randomness=Randomness(3), trace=into))
+    for mine, theirs in zip(trace.rounds, plain.rounds, strict=True):
+        torch.testing.assert_close(mine.draft_probs, theirs.draft_probs)
+
+
+def test_one_text_at_a_time_on_a_captured_model(pair):
+    target = ready(pair[0], torch.float64, "graphs")
+    first = generate(target, [1], max_new_tokens=4)
+    next(first)
+    list(generate(target, [2], max_new_tokens=4))
+    with pytest.raises(ValueError, match="one text at a time"):
+        next(first)
+
+
+def test_a_captured_function_reads_its_own_buffers():
+    calls = []
+    captured = Captured(lambda x, y: calls.append((x, y)) or x + y, torch.zeros(2), torch.ones(2))
+    assert captured(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).tolist() == [4, 6]
+    captured(torch.zeros(2), torch.zeros(2))
+    assert calls[0][0] is calls[1][0]
+    with pytest.raises(RuntimeError):
+        captured(torch.zeros(3), torch.zeros(2))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_trimmed_draft_never_offers_what_it_does_not_have(pair, rule):
+    target, draft = pair
+    ids = torch.tensor([1, 2, 4])
+    drafter = DraftModel(trimmed(draft, ids), ids)
+    trace = Trace(keep_probs=True)
+    list(speculate(target, [0], drafter=drafter, k=3, rule=RULES[rule], max_new_tokens=15, trace=trace))
+    assert all(r.draft_probs[:, [0, 3]].sum() == 0 for r in trace.rounds)
+    assert {x for r in trace.rounds for x in r.drafted} <= {1, 2, 4}
+    assert texts(target, CapturedDraftModel(trimmed(draft, ids), ids)) == texts(target, drafter)
+
+
+@torch.inference_mode()
+def test_trimming_keeps_the_logits_of_what_it_keeps(pair):
+    ids = torch.tensor([0, 3])
+    text = torch.tensor([[1, 2, 4]])
+    torch.testing.assert_close(trimmed(pair[1], ids)(text), pair[1](text)[..., ids])
+    assert pair[1].head.weight.shape[0] == 8  # the model itself is as it was
+
+
+def test_ids_that_no_tokenizer_has_are_refused(pair):
+    with pytest.raises(ValueError, match="outside 0 … 4"):
+        DraftModel(pair[1], torch.tensor([1, 5]))
+
+
+def test_frequent_ids(toy_data):
+    counts = torch.bincount(torch.from_numpy(toy_data.train.astype(int)), minlength=257)
+    kept = frequent_ids(toy_data, 10)
+    assert kept.tolist() == sorted(kept.tolist()) and len(kept) == 10
+    assert counts[kept].min() >= max(count for i, count in enumerate(counts.tolist()) if i not in kept.tolist())
+    with pytest.raises(ValueError, match="cannot be kept"):
+        frequent_ids(toy_data, 0)
+
+
+def test_unknown_passes():
+    with pytest.raises(ValueError, match="eager, compiled, graphs"):
+        ready(make_model(), passes="fast")
+
+
+class TestExact:
+    """The same bits however many tokens are read together."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        config = get_profile("ci").models["target"]
+        model = Transformer(config, torch.Generator().manual_seed(0)).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() == 2:
+                    weight.mul_(3)
+        return model
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_logits_do_not_depend_on_the_company(self, model, dtype):
+        exact = ready(model, dtype, exact=True)
+        ids = torch.randint(0, 512, (1, 60), generator=torch.Generator().manual_seed(2))
+        cache = exact.new_cache()
+        one_by_one = torch.cat([exact(ids[:, i : i + 1], cache) for i in range(60)], 1)
+        cache.truncate(0)
+        blocks = torch.cat([exact(block, cache) for block in ids.split(7, 1)], 1)
+        assert torch.equal(one_by_one, blocks)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_greedy_text_is_the_target_s_own_token_for_token(self, model, dtype):
+        exact = ready(model, dtype, exact=True)
+        drafter = DraftModel(ready(model, dtype))  # agrees nearly always: long blocks are accepted
+        for start in range(6):
+            own = list(generate(exact, [start], max_new_tokens=60, sampling=Sampling(0)))
+            for k in (1, 4, 15):
+                text = speculate(exact, [start], drafter=drafter, k=k, max_new_tokens=60, sampling=Sampling(0))
+                assert list(text) == own
+
+    def test_a_block_that_does_not_fit(self, model):
+        exact = ready(model, exact=True)
+        stream = speculate(exact, [1] * 20, drafter=DraftModel(model), k=EXACT_ROWS, max_new_tokens=30)
+        with pytest.raises(ValueError, match="choose k ≤ 15"):
+            list(stream)
