@@ -8,7 +8,7 @@ totals, never means of ratios; intervals come from a paired bootstrap over promp
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import theory
 from .data import TokenData, held_out_prompts
-from .drafting import Drafter, DraftModel
+from .drafting import CapturedDraftModel, Drafter, DraftModel
 from .engine import Trace, generate, prefill, speculate
 from .inference import ready
 from .model import Transformer
@@ -54,11 +54,13 @@ def both(
     return run
 
 
-def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, device="cpu") -> list[dict]:
+def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, device="cpu",
+            traces: dict[str, list[Trace]] | None = None) -> list[dict]:  # fmt: skip
     """One row per arm and prompt: seconds of wall time (prefill included) and what the trace says.
 
     The arms take turns on each prompt, starting with another one each time; the first ``warmup`` prompts run once
-    more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off.
+    more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. ``traces``
+    receives what each arm did, prompt by prompt.
     """
     names, rows = list(arms), []
     order = [(-1, p) for p in prompts[:warmup]] + list(enumerate(prompts))
@@ -70,6 +72,8 @@ def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup
             seconds = clock() - began
             if i >= 0:
                 rows.append({"arm": name, "prompt": i, "seconds": seconds} | summary([trace]))
+                if traces is not None:
+                    traces.setdefault(name, []).append(trace)
     return rows
 
 
@@ -101,9 +105,11 @@ def summary(traces: list[Trace]) -> dict:
 
 
 def acceptance_by_position(traces: list[Trace], k: int) -> list[float]:
-    """αᵢ, i = 1 … k: how often the i-th draft of a round is accepted, given that all before it were (full rounds)."""
-    accepted = np.array([r.accepted for t in traces for r in t.rounds if len(r.drafted) == k])
-    return [float((accepted >= i).sum() / max(1, (accepted >= i - 1).sum())) for i in range(1, k + 1)]
+    """αᵢ, i = 1 … k: how often the i-th draft of a round is accepted, given that all before it were."""
+    rounds = [r for t in traces for r in t.rounds]
+    reached = [sum(len(r.drafted) >= i and r.accepted >= i - 1 for r in rounds) for i in range(1, k + 1)]
+    passed = [sum(r.accepted >= i for r in rounds) for i in range(1, k + 1)]
+    return [p / max(1, n) for p, n in zip(passed, reached)]
 
 
 def alpha(traces: list[Trace]) -> float:
@@ -162,7 +168,7 @@ class Costs:
     """What a round is made of, in units of one target-alone step (its sampling included)."""
 
     step_seconds: float  # one target step: one row through the model, probabilities, one draw
-    c: float  # one draft step ÷ one target step
+    c: float  # one draft step, as the drafter takes it in a round of k_max ÷ one target step
     v: dict[int, float]  # a verifying pass over m rows, probabilities included ÷ one target step
     o: float  # deciding and rolling back, per round ÷ one target step
 
@@ -171,114 +177,141 @@ class Costs:
         return float(np.interp(m, list(self.v), list(self.v.values())))
 
 
+Timings = dict[str | int, list[float]]  # seconds of "target", "draft", "decide" and, by its rows, of the verifying pass
+
+
 @torch.inference_mode()
-def measure_costs(
-    target: Transformer, draft: Transformer, prompt: list[int], sampling: Sampling, k_max: int, repeats: int = 24
-) -> Costs:
-    """Medians of interleaved timings with ``prompt`` in both caches."""
-    randomness, n_ids, rows = Randomness(0, target.device), target.config.n_ids, range(1, k_max + 2)
-    caches = {m: m.new_cache() for m in (target, draft)}
-    for model, cache in caches.items():
-        prefill(model, prompt + [prompt[-1]], cache)
+def time_parts(
+    target: Transformer, drafter: Drafter, prompt: list[int], sampling: Sampling, k_max: int, repeats: int = 24,
+    timings: Timings | None = None,
+) -> Timings:  # fmt: skip
+    """Interleaved timings of a round's parts after ``prompt``; given ``timings`` are added to."""
+    randomness, n_ids, cache = Randomness(0, target.device), target.config.n_ids, target.new_cache()
+    text = prompt + prompt[-1:]  # the last token is unread, as after every round
+    prefill(target, text, cache)
+    drafter.start()
     block = torch.tensor([[prompt[i % len(prompt)] for i in range(k_max + 1)]], device=target.device)
 
-    def step(model):
-        return randomness.choose(sampling.probs(model(block[:, :1], caches[model])[0, -1, :n_ids]))
+    def step():
+        return int(randomness.choose(sampling.probs(target(block[:, :1], cache)[0, -1, :n_ids])))
 
     def verify(m):
-        return sampling.probs(target(block[:, :m], caches[target])[0, :, :n_ids])
+        return sampling.probs(target(block[:, :m], cache)[0, :, :n_ids])
 
     p = verify(k_max + 1)
-    caches[target].truncate(len(prompt))
     q = p[:-1].roll(1, 0)
+    drafted = torch.cat([randomness.choose(row) for row in q])
+
+    def draft():
+        return drafter.propose(text, k_max, sampling, randomness)
 
     def decide():
-        drafted = torch.cat([randomness.choose(row) for row in q[:1]] * k_max)
-        began = time.perf_counter()
-        _, following = token_wise(drafted, q, p, randomness)
-        drafted.tolist() + following.tolist()
-        for cache in caches.values():
-            cache.truncate(len(prompt))
-        return time.perf_counter() - began
+        accepted, following = token_wise(drafted, q, p, randomness)
+        return torch.cat([accepted[None], drafted, following]).tolist()
 
-    timings: dict = {}
-    work = {"target": partial(step, target), "draft": partial(step, draft), "decide": decide}
-    work |= {m: partial(verify, m) for m in rows}
+    work = {"target": step, "draft": draft, "decide": decide}
+    work |= {m: partial(verify, m) for m in range(1, k_max + 2)}
+    timings = {} if timings is None else timings
     for i in range(repeats + 3):
         for name, function in work.items():
+            cache.truncate(len(prompt))
+            drafter.truncate(len(prompt))
             began = clock()
-            result = function()
-            seconds = result if name == "decide" else clock() - began
-            for cache in caches.values():
-                cache.truncate(len(prompt))
-            if i >= 3:
-                timings.setdefault(name, []).append(seconds)
+            function()
+            seconds = clock() - began
+            if i >= 3:  # the first ones read the prompt, compile and capture
+                timings.setdefault(name, []).append(seconds / (k_max if name == "draft" else 1))
+    return timings
+
+
+def costs_of(timings: Timings) -> Costs:
+    """Medians, in target steps."""
     median = {name: float(np.median(values)) for name, values in timings.items()}
     one = median["target"]
-    return Costs(one, median["draft"] / one, {m: median[m] / one for m in rows}, median["decide"] / one)
+    v = {m: seconds / one for m, seconds in median.items() if isinstance(m, int)}
+    return Costs(one, median["draft"] / one, v, median["decide"] / one)
 
 
 @dataclass
 class Benchmark:
-    """What `run` measured. ``cells`` and ``rows`` are tables, one dict a line."""
+    """What `run` measured. ``cells`` and ``rows`` are tables, one dict a line; keys are like "small T=0"."""
 
-    cells: list[dict]
-    rows: list[dict]
-    costs: dict[str, Costs]  # by draft and temperature, "small T=0"
-    by_position: dict[str, list[float]]  # αᵢ, same keys
-    alpha: dict[str, float]  # mean Σ min(p, q) at the examined positions, same keys
-    best: dict[str, dict]  # the best k of each draft and temperature, measured again on all prompts, same keys
-    aa: dict[str, dict]  # the target alone ÷ itself, by temperature
-    r2: float  # of predicted against measured speed-up over all speculative cells of the sweep
+    cells: list[dict] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    costs: dict[str, Costs] = field(default_factory=dict)  # by drafter and temperature
+    by_position: dict[str, list[float]] = field(default_factory=dict)  # αᵢ over all k
+    alpha: dict[str, float] = field(default_factory=dict)  # mean Σ min(p, q) at the examined positions
+    best: dict[str, dict] = field(default_factory=dict)  # the best k of each, measured again on all prompts
+    best_k: dict[str, dict] = field(default_factory=dict)  # the k that theory picks, and what it loses to the best one
+    aa: dict[str, dict] = field(default_factory=dict)  # the target alone ÷ itself, by temperature
+    r2: float = float("nan")  # of predicted against measured speed-up over all speculative cells of the sweep
 
 
-def run(target: Transformer, drafts: dict[str, Transformer], data: TokenData, config: BenchConfig) -> Benchmark:
-    """A, B and C with every draft, temperature and k on held-out prompts; then the best k of each on fresh ones."""
-    target = ready(target, config.dtype)
-    drafts = {name: ready(model, config.dtype) for name, model in drafts.items()}
+def equip(models: dict[str, Transformer], config: BenchConfig) -> tuple[Transformer, dict[str, Drafter], dict]:
+    """The target, a drafter of every other model, and those models for drafting alone, all as fast as ``config`` says."""
+    target = ready(models["target"], config.dtype, config.passes)
+    drafts = {name: model for name, model in models.items() if name != "target"}
+    alone = {name: ready(model, config.dtype, config.passes) for name, model in drafts.items()}
+    if config.passes == "graphs":
+        return target, {name: CapturedDraftModel(ready(model, config.dtype)) for name, model in drafts.items()}, alone
+    return target, {name: DraftModel(model) for name, model in alone.items()}, alone
+
+
+def split_prompts(data: TokenData, config: BenchConfig) -> tuple[list[list[int]], list[list[int]]]:
+    """Held-out prompts for the sweep over k and others for the final figures, both from all of the held-out text."""
     prompts = held_out_prompts(data, config.n_sweep_prompts + config.n_prompts, config.prompt_tokens)
-    # every so-many-th prompt goes to the sweep, so that both sets cover all of the held-out text
     sweep = prompts[:: len(prompts) // config.n_sweep_prompts][: config.n_sweep_prompts]
-    final = [p for p in prompts if p not in sweep][: config.n_prompts]
-    k_max = max(config.ks)
-    out = Benchmark([], [], {}, {}, {}, {}, {}, float("nan"))
+    return sweep, [p for p in prompts if p not in sweep][: config.n_prompts]
+
+
+def run(
+    target: Transformer, drafters: dict[str, Drafter], alone: dict[str, Transformer], data: TokenData, config: BenchConfig
+) -> Benchmark:
+    """A, B and C with every drafter, temperature and k on held-out prompts; then the best k of each on fresh ones.
+
+    The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from costs measured
+    before and after the sweep and from the acceptance by position of all its rounds.
+    """
+    sweep, final = split_prompts(data, config)
+    out, k_max, device = Benchmark(), max(config.ks), target.device
     for temperature in config.temperatures:
         sampling, tag = Sampling(temperature), f"T={temperature:g}"
-        alone = target_alone(target, config, sampling)
-        arms = {"A": alone}
-        arms |= {f"B {name}": target_alone(model, config, sampling) for name, model in drafts.items()}
-        for name, model in drafts.items():
-            arms |= {f"C {name} k={k}": both(target, DraftModel(model), k, config, sampling) for k in config.ks}
-        rows = measure(arms, sweep, seed=config.seed, device=target.device)
-        finals = {"A": alone, "A again": alone}
-        for name, model in drafts.items():
-            key = f"{name} {tag}"
+        baseline = target_alone(target, config, sampling)
+        arms = {"A": baseline} | {f"B {name}": target_alone(model, config, sampling) for name, model in alone.items()}
+        for name, drafter in drafters.items():
+            arms |= {f"C {name} k={k}": both(target, drafter, k, config, sampling) for k in config.ks}
+        timings, traces = {}, {}
+        for name, drafter in drafters.items():
+            timings[name] = time_parts(target, drafter, sweep[0] * 2, sampling, k_max)
+        rows = measure(arms, sweep, seed=config.seed, device=device, traces=traces)
+        finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
+        for name, drafter in drafters.items():
+            key, n = f"{name} {tag}", config.new_tokens
+            costs = out.costs[key] = costs_of(time_parts(target, drafter, sweep[0] * 2, sampling, k_max, timings=timings[name]))
+            rounds = [trace for k in config.ks for trace in traces[f"C {name} k={k}"]]
+            alphas = out.by_position[key] = acceptance_by_position(rounds, k_max)
+            out.alpha[key] = alpha(kept_probs(target, drafter, sweep, k_max, config, sampling))
+            prefill_steps = np.mean([t.seconds["prefill"] for t in rounds]) / costs.step_seconds
             table = {k: cell(rows, f"C {name} k={k}", "A") for k in config.ks}
-            traces = []
-            for i, prompt in enumerate(sweep):
-                traces.append(Trace(keep_probs=True))
-                both(target, DraftModel(model), k_max, config, sampling)(prompt, Randomness(config.seed + i, target.device), traces[-1])
-            out.by_position[key] = acceptance_by_position(traces, k_max)
-            out.alpha[key] = alpha(traces)
-            costs = measure_costs(target, model, sweep[0] * 2, sampling, k_max)
-            out.costs[key] = costs
             for k, line in table.items():
-                predicted = theory.speedup(out.by_position[key], k, costs.c, costs.verify, costs.o)
+                cost = theory.text_cost(n, alphas, k, costs.c, costs.verify, costs.o)
+                predicted = (prefill_steps + n) / (prefill_steps + cost)
                 line |= {"draft": name, "temperature": temperature, "k": k, "predicted": predicted}
             best = max(table, key=lambda k: table[k]["speedup"])
+            picked = max(table, key=lambda k: table[k]["predicted"])
+            out.best_k[key] = {"picked": picked, "best": best, "of_best": table[picked]["speedup"] / table[best]["speedup"]}
             out.best[key] = {"k": best}
-            finals |= {
-                f"B {name}": target_alone(model, config, sampling),
-                f"C {name} k={best}": both(target, DraftModel(model), best, config, sampling),
-            }
+            finals[f"C {name} k={best}"] = arms[f"C {name} k={best}"]
             out.cells += list(table.values())
+        for name in alone:
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
         out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
-        again = measure(finals, final, seed=config.seed + 1000, device=target.device)
-        for name in drafts:
-            key = f"{name} {tag}"
-            k = out.best[key]["k"]
-            out.best[key] |= cell(again, f"C {name} k={k}", "A") | {"draft_alone": cell(again, f"B {name}", "A")}
+        again = measure(finals, final, seed=config.seed + 1000, device=device)
+        for name in drafters:
+            line = out.best[f"{name} {tag}"]
+            line |= cell(again, f"C {name} k={line['k']}", "A")
+            if name in alone:
+                line["draft_alone"] = cell(again, f"B {name}", "A")
         out.best[f"target {tag}"] = cell(again, "A", "A")
         out.aa[tag] = speed_ratio(again, "A again", "A")
         for part, measured in (("sweep", rows), ("final", again)):
@@ -286,6 +319,16 @@ def run(target: Transformer, drafts: dict[str, Transformer], data: TokenData, co
     speculative = [line for line in out.cells if "predicted" in line]
     out.r2 = r_squared([c["speedup"] for c in speculative], [c["predicted"] for c in speculative])
     return out
+
+
+def kept_probs(
+    target: Transformer, drafter: Drafter, prompts: list[list[int]], k: int, config: BenchConfig, sampling: Sampling
+) -> list[Trace]:
+    """One trace per prompt with every row of p and q in it."""
+    traces = [Trace(keep_probs=True) for _ in prompts]
+    for i, (prompt, trace) in enumerate(zip(prompts, traces)):
+        both(target, drafter, k, config, sampling)(prompt, Randomness(config.seed + i, target.device), trace)
+    return traces
 
 
 def r_squared(measured: list[float], predicted: list[float]) -> float:

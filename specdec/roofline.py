@@ -1,0 +1,120 @@
+"""How fast decoding could be at best: one token reads every weight once, and memory has a speed.
+
+Random weights will do, because speed does not depend on what a model has learned. Nothing here plots or prints.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from .bench import clock
+from .inference import ready
+from .model import ModelConfig, Transformer
+from .profiles import BenchConfig
+from .sampling import Randomness, Sampling
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decoding step of one model beside the floor that reading its bytes sets."""
+
+    model: str
+    dtype: str
+    bytes: int  # weights and cached keys and values that one token reads
+    floor_seconds: float  # bytes ÷ measured bandwidth
+    seconds: float  # median of a step, sampling included
+    rows: dict[int, float]  # v(m): a pass over m rows ÷ a step
+
+    @property
+    def fraction(self) -> float:
+        """How much of the floor's speed is reached; 1 is all of it."""
+        return self.floor_seconds / self.seconds
+
+
+def read_bandwidth(device: str | torch.device = "cpu", megabytes: int = 512, repeats: int = 8) -> float:
+    """Bytes per second at which memory is read: the best of several sums over a block that no cache holds."""
+    block = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
+    seconds = []
+    for _ in range(repeats + 2):
+        began = clock()
+        block.sum()
+        seconds.append(clock() - began)
+    return block.nbytes / min(seconds[2:])
+
+
+def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int = 2) -> int:
+    """Bytes that decoding one token reads after ``length`` others: all weights but the embedding, and the cache."""
+    config = model if isinstance(model, ModelConfig) else model.config
+    with torch.device("meta"):
+        weights = Transformer(config).n_params(read_per_token=True)
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_size * length
+    return itemsize * (weights + cache)
+
+
+@torch.inference_mode()
+def measure_steps(
+    models: dict[str, Transformer], config: BenchConfig, *, length: int = 64, rows: tuple[int, ...] = (2, 3, 5, 9),
+    repeats: int = 24, bandwidth: float | None = None,
+) -> list[Step]:  # fmt: skip
+    """A `Step` of every model after ``length`` tokens, timed in turns."""
+    out, work, caches, timings = [], {}, {}, {}
+    fast = {name: ready(model, config.dtype, config.passes) for name, model in models.items()}
+    device = next(iter(fast.values())).device
+    bandwidth = bandwidth or read_bandwidth(device)
+    randomness, sampling = Randomness(0, device), Sampling()
+    ids = torch.zeros(1, max(length, *rows), dtype=torch.long, device=device)
+
+    def step(model, cache, m):
+        logits = model(ids[:, :m], cache)[0, :, : model.config.n_ids]
+        probs = sampling.probs(logits)
+        return int(randomness.choose(probs[-1])) if m == 1 else probs
+
+    for name, model in fast.items():
+        caches[name] = model.new_cache()
+        model(ids[:, :length], caches[name])
+        work |= {(name, m): partial(step, model, caches[name], m) for m in (1, *rows)}
+    for i in range(repeats + 3):
+        for (name, m), function in work.items():
+            caches[name].truncate(length)
+            began = clock()
+            function()
+            seconds = clock() - began
+            if i >= 3:
+                timings.setdefault((name, m), []).append(seconds)
+    median = {key: float(np.median(values)) for key, values in timings.items()}
+    for name, model in fast.items():
+        one, size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
+        read = bytes_per_token(model.config, length, size)
+        ratios = {m: median[name, m] / one for m in rows}
+        out.append(Step(name, str(model.dtype).removeprefix("torch."), read, read / bandwidth, one, ratios))
+    return out
+
+
+@torch.inference_mode()
+def seconds_by_length(model: Transformer, config: BenchConfig, lengths: list[int], repeats: int = 12) -> dict[int, float]:
+    """Median seconds of one decoding step after so many tokens: flat, but for attention itself."""
+    fast = ready(model, config.dtype, config.passes)
+    cache, randomness, sampling = fast.new_cache(), Randomness(0, fast.device), Sampling()
+    ids = torch.zeros(1, max(lengths), dtype=torch.long, device=fast.device)
+    fast(ids[:, : max(lengths) - 1], cache)  # every row is there; a shorter text is the same cache cut short
+    timings = {n: [] for n in lengths}
+    for i in range(repeats + 3):
+        for n in lengths:
+            cache.length = n - 1  # downwards and up again: the rows beyond were all written
+            began = clock()
+            int(randomness.choose(sampling.probs(fast(ids[:, :1], cache)[0, -1, : fast.config.n_ids])))
+            if i >= 3:
+                timings[n].append(clock() - began)
+    return {n: float(np.median(values)) for n, values in timings.items()}
+
+
+def as_rows(steps: list[Step]) -> list[dict]:
+    """The steps as one flat dict each, for a table."""
+    return [
+        {key: value for key, value in asdict(s).items() if key != "rows"}
+        | {"fraction": s.fraction}
+        | {f"v{m}": v for m, v in s.rows.items()}
+        for s in steps
+    ]
