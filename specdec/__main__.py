@@ -1,21 +1,24 @@
-"""The command line: generate, train, bench. Wrong input ends with one sentence and exit status 2."""
+"""The command line: generate, train, bench, export, reproduce. Wrong input ends with one sentence and exit status 2."""
 
 import argparse
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from . import bench, report
+from . import bench, peers, report
 from .data import tokens_for
 from .distill import DIVERGENCES, load_or_distill
 from .drafting import DraftModel
 from .engine import Trace, generate, speculate
+from .export import export_model, model_card
 from .inference import ready
 from .profiles import PROFILES, get_profile
+from .reproduce import reproduce
 from .sampling import RULES, Randomness, Sampling
 from .train import load_or_train
 
@@ -72,12 +75,35 @@ def parser() -> argparse.ArgumentParser:
         "specdec bench --profile cpu --json bench.json",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
+    sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
+    sub.add_argument("--draft", default="small", help="with --peers: small, medium or distilled (default: small)")
+
+    sub = command(
+        "export", run_export, "write a trained model as a Hugging Face folder, with its tokenizer and model card",
+        "specdec export --profile cpu --role small --out specdec-cpu-small",
+    )  # fmt: skip
+    sub.add_argument("--role", default="target", help="target, small, medium or distilled (default: target)")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="a new folder; its name becomes the model's")
+
+    sub = command(
+        "reproduce", run_reproduce, "data, training, distillation and benchmark in one unattended run, into results/",
+        "specdec reproduce --profile seed --minutes 25 --data text:corpus/*.txt.xz",
+    )  # fmt: skip
+    sub.add_argument("--minutes", type=float, help="shorten all schedules so that the run fits into so many minutes")
+    sub.add_argument("--tokens", help="shorten all schedules so that the target reads so many tokens, for example 300M")
+    sub.add_argument("--data", metavar="text:PATH", help="take the text from local files instead of the profile's source")
+    sub.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     return top
 
 
 def model_named(profile, name: str):
     """A trained model by the name that the command line gives it."""
-    return load_or_distill(profile)[0] if name == "distilled" else load_or_train(profile, name)[0]
+    return trained(profile, name)[0]
+
+
+def trained(profile, name: str):
+    """The same with its history."""
+    return load_or_distill(profile) if name == "distilled" else load_or_train(profile, name)
 
 
 def run_generate(options) -> None:
@@ -145,9 +171,11 @@ def run_train(options) -> None:
 
 
 def run_bench(options) -> None:
+    if options.peers:
+        return run_peers(options)
     profile = get_profile(options.profile)
-    drafts = {name: model_named(profile, name) for name in ("small", "medium")}
-    result = bench.run(model_named(profile, "target"), drafts, tokens_for(profile), profile.bench)
+    models = {name: model_named(profile, name) for name in ("target", "small", "medium")}
+    result = bench.run(*bench.equip(models, profile.bench), tokens_for(profile), profile.bench)
     print(f"{'arm':16s} {'T':>3s} {'tokens/s':>9s} {'speed-up':>9s} {'95% interval':>14s} {'predicted':>9s} {'accepted÷examined':>18s}")
     for cell in result.cells:
         speculative = "predicted" in cell
@@ -166,6 +194,46 @@ def run_bench(options) -> None:
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"cells": result.cells, "provenance": report.provenance(profile.name)}, file, indent=2)
+
+
+def run_peers(options) -> None:
+    profile, library, began = get_profile(options.profile), peers.transformers(), time.perf_counter()
+    target, draft = model_named(profile, "target"), model_named(profile, options.draft)
+    result = peers.compare(target, draft, tokens_for(profile), profile.bench)
+    print(f"{'arm, each side at its best':34s} {'T':>3s} {'tokens/s':>9s} {'÷ ours alone':>12s} {'tokens per target pass':>23s}")
+    for cell in (c for c in result.cells if c["part"] == "final"):
+        print(f"{cell['arm']:34s} {cell['temperature']:3g} {cell['tokens_per_second']:9.1f} {cell['speedup']:11.2f}× "
+              f"{cell['tokens_per_target_pass']:23.2f}")  # fmt: skip
+    for kind, ratios in result.ratios.items():
+        for temperature, ratio in ratios.items():
+            low, high = ratio["ci95"]
+            print(f"ours ÷ transformers {library.__version__}, {kind}, {temperature}: {ratio['value']:.2f} [{low:.2f}, {high:.2f}]")
+    settings = {key: getattr(profile.bench, key) for key in ("n_prompts", "new_tokens", "ks", "dtype", "passes")}
+    report.record(
+        profile.name, "peers", params=settings | {"draft": options.draft, "transformers": library.__version__},
+        values={"ours_by_theirs": result.ratios, "cells": result.cells}, rows=result.rows,
+        seed=profile.bench.seed, seconds=time.perf_counter() - began,
+    )  # fmt: skip
+    report.update_headline(profile.name, peers={f"transformers_{peers.KINDS[kind]}": r for kind, r in result.ratios.items()})
+
+
+def run_export(options) -> None:
+    profile, out = get_profile(options.profile), Path(options.out)
+    (model, history), data = trained(profile, options.role), tokens_for(profile)
+    trainings = {"training": history.rows[-1]}
+    if options.role == "distilled":
+        start = load_or_train(profile, "small")[1]
+        trainings = {"training": start.rows[-1], "distillation": history.rows[-1]}
+    export_model(model, out, data.tokenizer, model_card(model, out.name, data, trainings))
+    print(f"{out}: {model.n_params():,} weights, {(out / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
+
+
+def run_reproduce(options) -> None:
+    profile = get_profile(options.profile)
+    reproduce(
+        options.profile or os.environ.get("SPECDEC_PROFILE") or profile.name, minutes=options.minutes, tokens=options.tokens,
+        source=options.data, device=options.device, say=lambda line: print(line, flush=True),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The only place where such numbers are written. A profile is frozen: to change on
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .data import DataConfig
 from .model import ModelConfig
@@ -60,6 +60,7 @@ class BenchConfig:
     n_sweep_prompts: int  # prompts of the sweep over k; the best k is then measured on all of them
     temperatures: tuple[float, ...] = (0.0, 1.0)
     dtype: str = "auto"  # bfloat16 where the machine multiplies it natively, else float32
+    passes: str = "eager"  # or "compiled", "graphs": see inference.ready
     seed: int = 2024
 
 
@@ -91,24 +92,24 @@ _CI = Profile(
     bench=BenchConfig(n_prompts=4, prompt_tokens=16, new_tokens=24, ks=(1, 2, 4), n_sweep_prompts=2),
 )
 
-# Depths as in the seed (12, 2, 6), widths halved or less, and a vocabulary that two cores can afford. Less than one
-# pass over the text, so there is nothing for dropout to regularise.
+# Depths and kv heads as in the seed, smaller widths, few large heads, which two cores train faster than many small ones,
+# and a vocabulary that they can afford. Less than one pass over the text, so there is nothing for dropout to regularise.
 _CPU = Profile(
     name="cpu",
     data=DataConfig(source="sotu", n_merges=3839),  # 256 bytes + 3839 merges + 1 = 4096 ids
     models={
-        "target": ModelConfig(12, 8, 384, 2, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
+        "target": ModelConfig(12, 4, 320, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
         "small": ModelConfig(2, 4, 128, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
-        "medium": ModelConfig(6, 8, 256, 2, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
+        "medium": ModelConfig(6, 4, 256, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
     },
     schedules={
-        "target": Schedule((Phase(1200, 80, 1.5e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
-        "small": Schedule((Phase(1400, 100, 2e-3, 0.1, 1, 4, 200),), block_size=256, compile=True),
-        "medium": Schedule((Phase(500, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "target": Schedule((Phase(700, 60, 1.5e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "small": Schedule((Phase(700, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "medium": Schedule((Phase(350, 40, 2e-3, 0.1, 1, 4, 50),), block_size=256, compile=True),
     },
-    distillation=Schedule((Phase(800, 50, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+    distillation=Schedule((Phase(500, 50, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=32, new_tokens=96, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4
+        n_prompts=32, prompt_tokens=32, new_tokens=96, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4, passes="compiled"
     ),
 )
 
@@ -141,7 +142,7 @@ _SEED = Profile(
         (Phase(10_000, 200, 3e-4, 0.1, 16, 16, 500),), block_size=1024, evaluation_batches=64, compile=True
     ),
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=8
+        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=8, passes="graphs"
     ),
 )  # fmt: skip
 
@@ -149,8 +150,48 @@ PROFILES = {profile.name: profile for profile in (_CI, _CPU, _SEED)}
 
 
 def get_profile(name: str | None = None) -> Profile:
-    """The profile of that name; None takes $SPECDEC_PROFILE, else `cpu`. ValueError for an unknown name."""
+    """The profile of that name; None takes $SPECDEC_PROFILE, else `cpu`. ValueError for an unknown name.
+
+    "seed@300M" is the profile `seed` with every schedule shortened alike, so that the target reads 300 million tokens;
+    "seed@300M:PATH" also takes the text from local files (the source "text:PATH").
+    """
     name = name or os.environ.get("SPECDEC_PROFILE") or "cpu"
-    if name not in PROFILES:
-        raise ValueError(f"there is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
-    return PROFILES[name]
+    base, _, budget = name.partition("@")
+    if base not in PROFILES:
+        raise ValueError(f"there is no profile {base!r}; choose one of {', '.join(PROFILES)}.")
+    budget, _, path = budget.partition(":")
+    profile = PROFILES[base]
+    if path:
+        profile = replace(profile, data=replace(profile.data, source=f"text:{path}"))
+    return scaled(profile, count(budget) / profile.schedules["target"].tokens) if budget else profile
+
+
+def count(text: str) -> float:
+    """A number of tokens as people write it: 300M, 1.5B, 20k."""
+    units = {"k": 1e3, "M": 1e6, "B": 1e9}
+    try:
+        value = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text!r} is no number of tokens; write for example 300M or 1.5B.")
+    return value
+
+
+def scaled(profile: Profile, fraction: float) -> Profile:
+    """The same phases, each as long as ``fraction`` says: warm-up and decay keep their share, rates their values."""
+
+    def shorter(schedule: Schedule) -> Schedule:
+        phases = tuple(
+            replace(
+                p,
+                iterations=max(1, round(p.iterations * fraction)),
+                warmup=round(p.warmup * fraction),
+                evaluate_every=max(1, min(p.evaluate_every, round(schedule.iterations * fraction / 20))),
+            )
+            for p in schedule.phases
+        )
+        return replace(schedule, phases=phases)
+
+    schedules = {role: shorter(schedule) for role, schedule in profile.schedules.items()}
+    return replace(profile, schedules=schedules, distillation=shorter(profile.distillation))

@@ -28,12 +28,14 @@ COLORS = {  # one meaning, one colour, everywhere
     "speculative": _PALETTE[2],
     "rejected": _PALETTE[3],
     "medium": _PALETTE[4],
+    "lookup": _PALETTE[5],
     "unused": "0.88",
     "theory": "0.3",
 }
 THEORY = {"color": COLORS["theory"], "linestyle": "--", "marker": ""}
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PROOF_BEGIN, PROOF_END = "<!-- lossless:begin -->", "<!-- lossless:end -->"
 _CELL = {"value": None, "ci95": None, "k": None}
 HEADLINE = {  # the figures that the README quotes; null until measured
     "speedup": {"T0": _CELL, "T1": _CELL},
@@ -194,17 +196,62 @@ def readme_block() -> str:
 def write_readme(path: Path = ROOT / "README.md") -> None:
     """Replace what stands between the markers of the README; leaves the file alone when nothing changed."""
     text = path.read_text()
-    new = with_block(text, readme_block())
+    new = with_block(with_block(text, readme_block()), proof_block(), PROOF_BEGIN, PROOF_END)
     if new != text:
         _write_text(path, new)
 
 
-def with_block(text: str, block: str) -> str:
-    head, _, rest = text.partition(BEGIN)
-    _, found, tail = rest.partition(END)
+def with_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
+    head, _, rest = text.partition(begin)
+    _, found, tail = rest.partition(end)
     if not found:
-        raise ValueError(f"the README lacks the markers {BEGIN} and {END}; put them where the results belong.")
-    return f"{head}{BEGIN}\n{block}{END}{tail}"
+        raise ValueError(f"the README lacks the markers {begin} and {end}; put them where the results belong.")
+    return f"{head}{begin}\n{block}{end}{tail}"
+
+
+def record_proof(profile: str, rows: list[dict], *, params: dict, seconds: float | None = None) -> Path:
+    """``lossless.json`` and its CSV: the table of every check and of every mistake that must not pass for right.
+
+    A row has ``kind`` "check" (its figure has to stay within the bound) or "control" (it has to exceed it), ``name``,
+    ``what`` the figure is, ``figure``, ``bound`` and, where it applies, ``n`` things looked at.
+    """
+    checks, controls = ([r for r in rows if r["kind"] == kind] for kind in ("check", "control"))
+    update_headline(profile, lossless={
+        "checks": len(checks),
+        "failed": sum(r["figure"] > r["bound"] for r in checks),
+        "controls": len(controls),
+        "controls_rejected": sum(r["figure"] > r["bound"] for r in controls),
+    })  # fmt: skip
+    return record(profile, "lossless", params=params, values={"table": rows}, rows=rows, seconds=seconds)
+
+
+def proof_block(profile: str = "cpu") -> str:
+    """The README's paragraph on losslessness, made from ``lossless.json``."""
+    try:
+        table = load(profile, "lossless")["values"]["table"]
+    except (ValueError, KeyError):
+        return "Not recorded yet: `make proof` does it.\n"
+    checks, controls = ([r for r in table if r["kind"] == kind] for kind in ("check", "control"))
+    failed, passed = sum(r["figure"] > r["bound"] for r in checks), sum(r["figure"] <= r["bound"] for r in controls)
+    lines = [
+        f"`make proof` found {failed or 'none'} of {len(checks)} figures outside its bound. "
+        f"Of {len(controls)} deliberate mistakes, run through the same checks, {passed or 'none'} passed unnoticed.",
+        "",
+        "| what was compared | figures | largest | bound | looked at |",
+        "|---|---|---|---|---|",
+    ]
+    for what in dict.fromkeys(r["what"] for r in checks):
+        mine = [r for r in checks if r["what"] == what]
+        worst, n = max(mine, key=lambda r: r["figure"] - r["bound"]), sum(r["n"] or 0 for r in mine)
+        count = f"{n:,}" if n else ""
+        lines.append(f"| {what} | {len(mine)} | {_short(worst['figure'])} | {_short(worst['bound'])} | {count} |")
+    lines += ["", "| deliberate mistake | rejected by | figure | bound |", "|---|---|---|---|"]
+    lines += [f"| {r['name']} | {r['what']} | {_short(r['figure'])} | {_short(r['bound'])} |" for r in controls]
+    return "\n".join([*lines, ""])
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if abs(value) < 0.01 or abs(value) >= 1e6 else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _headline_tables(h: dict) -> str:
@@ -240,8 +287,8 @@ def _headline_tables(h: dict) -> str:
     ]
     if lossless["checks"] is not None:
         lines += [
-            f"Losslessness, in notebook 04: {lossless['checks']} checks, {lossless['failed']} failed; {lossless['controls']} deliberate "
-            f"mistakes, {lossless['controls_rejected']} rejected.",
+            f"Losslessness: {lossless['checks']} checks, {lossless['failed']} failed; {lossless['controls']} deliberate mistakes, "
+            f"{lossless['controls_rejected']} rejected.",
             "",
         ]
     if h["provenance"]:

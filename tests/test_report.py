@@ -71,3 +71,25 @@ def test_the_committed_readme_is_what_results_say(monkeypatch):
     monkeypatch.delenv("SPECDEC_RESULTS")
     text = (report.ROOT / "README.md").read_text()
     assert text == report.with_block(text, report.readme_block()), "run `make reproduce`, which rewrites the block"
+    proof = report.with_block(text, report.proof_block(), report.PROOF_BEGIN, report.PROOF_END)
+    assert text == proof, "run `make proof`, which rewrites the block"
+
+
+def test_the_proof_is_a_table_and_a_paragraph(results):
+    assert "Not recorded yet" in report.proof_block()
+    rows = [
+        {"kind": "check", "name": "law, k = 1", "what": "total variation", "figure": 2e-16, "bound": 1e-12, "n": 1500},
+        {"kind": "check", "name": "law, k = 2", "what": "total variation", "figure": 3e-16, "bound": 1e-12, "n": 1500},
+        {"kind": "control", "name": "always accept", "what": "total variation", "figure": 0.3, "bound": 1e-4, "n": None},
+    ]
+    report.record_proof("cpu", rows, params={})
+    assert report.load("cpu", "lossless")["values"]["table"] == rows
+    assert [r["name"] for r in report.load_rows("cpu", "lossless")] == [r["name"] for r in rows]
+    saved = json.loads((results / "cpu" / "headline.json").read_text())["lossless"]
+    assert saved == {"checks": 2, "failed": 0, "controls": 1, "controls_rejected": 1}
+    block = report.proof_block()
+    assert "none of 2 figures" in block and "Of 1 deliberate mistakes" in block and "none passed unnoticed" in block
+    assert "| total variation | 2 | 3e-16 | 1e-12 | 3,000 |" in block
+    assert "| always accept | total variation | 0.3 | 0.0001 |" in block
+    report.record_proof("cpu", [row | {"figure": 1e-6} for row in rows], params={})
+    assert "found 2 of 2 figures outside" in report.proof_block() and "1 passed unnoticed" in report.proof_block()

@@ -1,0 +1,270 @@
+"""The whole experiment as one unattended command: data, training, distillation, benchmark, results as it goes.
+
+For machines that are lent by the minute. Whatever is finished is found and skipped, a training that was cut off is taken
+up again, and no notebook kernel is needed; the notebooks find the same models afterwards.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import torch
+
+from . import bench, report
+from .data import TokenData, build_dir, tokens_for, write_json
+from .distill import acceptance, distillation_loss, load_or_distill
+from .drafting import PromptLookup
+from .model import ModelConfig, Transformer
+from .profiles import PROFILES, Profile, Schedule, count, get_profile
+from .train import History, Loss, cross_entropy, load_or_train, train
+
+ROLES = ("target", "small", "medium")
+DISTILLED = {"small distilled": ("small", "forward-kl"), "small control": ("small", "cross-entropy"),
+             "medium distilled": ("medium", "forward-kl")}  # fmt: skip
+TRAINING_SHARE = 0.75  # of the minutes that are left once the text is ready; the rest is compiling and measuring
+
+
+def reproduce(
+    name: str, *, minutes: float | None = None, tokens: str | None = None, source: str | None = None,
+    device: str | torch.device | None = None, say: Callable[[str], None] = print,
+) -> str:  # fmt: skip
+    """Run everything and return the name of the profile that was run, for example "seed@312M".
+
+    ``tokens`` ("300M") is what the target reads; ``minutes`` measures how fast this machine trains and chooses it; with
+    neither, the profile's full schedules run. ``source`` "text:PATH" takes the text from local files.
+    """
+    if minutes is not None and tokens is not None:
+        raise ValueError("give a budget of --minutes or of --tokens, not both.")
+    if source is not None and not source.startswith("text:"):
+        raise ValueError(f"the source is {source!r}; write text:PATH, or leave it out for the profile's own.")
+    if tokens is not None:
+        count(tokens)
+    began = time.monotonic()
+    base = name.partition("@")[0]
+    path = source.removeprefix("text:") if source else ""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if minutes is not None:
+        tokens = budget(base, path, minutes, device, began, say)
+    if tokens is not None or path:
+        name = f"{base}@{tokens or label(PROFILES[base].schedules['target'].tokens)}" + (f":{path}" if path else "")
+    profile = get_profile(name)
+    public = name.partition(":")[0]  # without a path of this machine
+    say(f"{public}: {', '.join(f'{role} {profile.schedules[role].tokens / 1e6:,.1f}M tokens' for role in ROLES)}")
+    data = tokens_for(profile)
+    models, histories = {}, {}
+    for role in ROLES:
+        models[role], histories[role] = load_or_train(profile, role, device=device)
+        say(line_of(role, profile, histories[role]))
+    record_training(profile, models, histories)
+    for label_, (role, loss) in DISTILLED.items():
+        models[label_], histories[label_] = load_or_distill(profile, loss, role=role, device=device)
+        say(f"{label_}: validation loss {histories[label_].validation_loss:.3f}, {histories[label_].seconds:.0f} s")
+    record_distillation(profile, models, histories, data)
+    origin = "text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
+    run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)}}
+    stages = {"benchmark": (profile.bench, device)}
+    if torch.device(device).type == "cuda":
+        stages["benchmark_eager"] = (replace(profile.bench, passes="eager"), device)
+        stages["benchmark_two_cores"] = (replace(profile.bench, passes="compiled", n_sweep_prompts=2, n_prompts=8), "cpu")
+    for experiment, (settings, where) in stages.items():
+        if is_done(profile, experiment, run):
+            say(f"{experiment}: done before")
+            continue
+        with two_cores(where != str(device)):
+            result = measure(models, data, settings, where)
+        record_benchmark(profile, result, settings, experiment=experiment, run=run)
+        if experiment == "benchmark":
+            update_headline(profile, result)
+        for key, best in result.best.items():
+            say(f"{experiment} {key}: {best['tokens_per_second']:.0f} tokens/s, {best['speedup']:.2f}× the target alone")
+    say(f"done after {(time.monotonic() - began) / 60:.1f} minutes; PROFILE={public} names it")
+    return name
+
+
+# ---- the budget
+
+
+def budget(base: str, path: str, minutes: float, device: str | torch.device, began: float, say: Callable) -> str:
+    """How many tokens the target can read so that all trainings together fit, as "312M". Remembered, because a run that
+    is taken up again has to find the schedules that it began with."""
+    if not minutes > 0:
+        raise ValueError(f"{minutes} minutes are no budget; give more than 0.")
+    plan, request = build_dir() / base / "plan.json", {"minutes": minutes, "source": path}
+    if plan.exists() and (known := json.loads(plan.read_text()))["request"] == request:
+        return known["tokens"]
+    profile = get_profile(base if not path else f"{base}@{label(PROFILES[base].schedules['target'].tokens)}:{path}")
+    data = tokens_for(profile)
+    seconds = sum(training_seconds(profile, data, device, say).values())
+    left = TRAINING_SHARE * (60 * minutes - (time.monotonic() - began))
+    if left <= 0:
+        raise ValueError(f"{minutes} minutes are over before training can begin; the text is ready now, so run it again.")
+    tokens = label(profile.schedules["target"].tokens * min(1.0, left / seconds))
+    write_json(plan, {"request": request, "tokens": tokens})
+    return tokens
+
+
+def training_seconds(profile: Profile, data: TokenData, device, say: Callable) -> dict[str, float]:
+    """What the full schedules would take here, extrapolated from a few steps of each."""
+    target = Transformer(profile.models["target"], torch.Generator().manual_seed(0)).to(device)
+    out = {}
+    for role in ROLES:
+        out[role] = _seconds(profile.models[role], profile.schedules[role], data, device, cross_entropy)
+    for name, (role, kind) in DISTILLED.items():
+        loss = cross_entropy if kind == "cross-entropy" else distillation_loss(target, kind)
+        out[name] = _seconds(profile.models[role], profile.distillation, data, device, loss)
+    say("the full schedules would take " + ", ".join(f"{name} {s / 60:,.0f} min" for name, s in out.items()))
+    return out
+
+
+def _seconds(config: ModelConfig, schedule: Schedule, data: TokenData, device, loss: Loss, steps: int = 3) -> float:
+    phase = replace(schedule.phases[-1], iterations=2 * steps, warmup=0, evaluate_every=steps)
+    trial = replace(schedule, phases=(phase,), evaluation_batches=1)
+    model = Transformer(config, torch.Generator().manual_seed(0)).to(device)
+    first, last = train(model, data, trial, loss=loss).rows  # the first half has the compiling in it
+    return (last["seconds"] - first["seconds"]) / (last["tokens"] - first["tokens"]) * schedule.tokens
+
+
+def label(tokens: float) -> str:
+    """A number of tokens in short, rounded down: 312M, 24k."""
+    if tokens >= 1e6:
+        return f"{int(tokens / 1e6)}M"
+    return f"{max(1, int(tokens / 1e3))}k"
+
+
+# ---- training, told and recorded
+
+
+def training_flops(config: ModelConfig, block_size: int) -> float:
+    """Floating-point operations to train on one token: 6 per weight, and causal attention; embedding rows are free."""
+    with torch.device("meta"):
+        weights = Transformer(config).n_params(read_per_token=True)
+    return 6 * weights + 6 * config.n_layers * config.width * block_size
+
+
+def line_of(role: str, profile: Profile, history: History) -> str:
+    rate = history.rows[-1]["tokens"] / history.seconds
+    flops = rate * training_flops(profile.models[role], profile.schedules[role].block_size)
+    return (f"{role}: validation loss {history.validation_loss:.3f}, {history.seconds:.0f} s, {rate:,.0f} tokens/s, "
+            f"{flops / 1e12:.2f} TFLOP/s")  # fmt: skip
+
+
+def record_training(profile: Profile, models: dict[str, Transformer], histories: dict[str, History]) -> None:
+    """``training.json`` and every evaluation as CSV."""
+    values = {}
+    for role, history in histories.items():
+        rate = history.rows[-1]["tokens"] / history.seconds
+        values[role] = {
+            "weights": models[role].n_params(),
+            "read_per_token": models[role].n_params(read_per_token=True),
+            "validation_loss": history.validation_loss,
+            "seconds": history.seconds,
+            "tokens_per_second": rate,
+            "flops": rate * training_flops(profile.models[role], profile.schedules[role].block_size),
+        }
+    schedules = profile.schedules.items()
+    params = {role: {"iterations": s.iterations, "tokens": s.tokens} for role, s in schedules}
+    rows = [{"model": role} | row for role, history in histories.items() for row in history.rows]
+    report.record(profile.name, "training", params=params, values=values, rows=rows, seed=profile.schedules["target"].seed)
+
+
+def record_distillation(profile: Profile, models: dict, histories: dict, data: TokenData, n_windows: int = 24) -> None:
+    """``distillation.json``: α on held-out text of every draft, and what its training cost."""
+    values = {name: {} for name in models if name != "target"}
+    for name, line in values.items():
+        line["alpha_held_out"] = {
+            f"T{t:g}": acceptance(models["target"], models[name], data, temperature=t, n_windows=n_windows).mean().item()
+            for t in profile.bench.temperatures
+        }
+        line |= {"validation_loss": histories[name].validation_loss, "seconds": histories[name].seconds}
+    params = {"iterations": profile.distillation.iterations, "tokens": profile.distillation.tokens}
+    rows = [{"model": name} | row for name in values for row in histories[name].rows]
+    alphas = {"as trained": "small", "control": "small control", "distilled": "small distilled"}
+    values = {"alpha_held_out": {label: values[name]["alpha_held_out"] for label, name in alphas.items()}, "drafts": values}
+    report.record(profile.name, "distillation", params=params, values=values, rows=rows)
+
+
+# ---- the benchmark
+
+
+def measure(models: dict[str, Transformer], data: TokenData, settings, device: str | torch.device) -> bench.Benchmark:
+    """All drafts and prompt lookup on that device."""
+    here = {name: model.to(device) for name, model in models.items()}
+    target, drafters, alone = bench.equip(here, settings)
+    drafters["lookup"] = PromptLookup(target.config.n_ids, device=target.device)
+    return bench.run(target, drafters, alone, data, settings)
+
+
+@contextmanager
+def two_cores(really: bool):
+    """Confine this process to two cores, as far as the system lets it."""
+    before, threads = getattr(os, "sched_getaffinity", lambda _: None)(0), torch.get_num_threads()
+    try:
+        if really:
+            torch.set_num_threads(min(2, threads))
+            if before:
+                os.sched_setaffinity(0, sorted(before)[:2])
+        yield
+    finally:
+        if really:
+            torch.set_num_threads(threads)
+            if before:
+                os.sched_setaffinity(0, before)
+
+
+def is_done(profile: Profile, experiment: str, run: dict) -> bool:
+    try:
+        return report.load(profile.name, experiment)["params"].get("run") == run["run"]
+    except ValueError:
+        return False
+
+
+def record_benchmark(
+    profile: Profile, result: bench.Benchmark, settings, *, experiment: str = "benchmark", run: dict | None = None
+) -> None:
+    """``<experiment>.json`` with its raw rows, and ``<experiment>_cells`` with one line per drafter, temperature and k."""
+    shown = ("n_prompts", "new_tokens", "ks", "dtype", "passes")
+    report.record(
+        profile.name, experiment,
+        params={key: value for key, value in asdict(settings).items() if key in shown} | (run or {}),
+        values={
+            "best": result.best, "best_k": result.best_k, "aa": result.aa, "alpha": result.alpha,
+            "acceptance_by_position": result.by_position, "prediction_r2": result.r2,
+            "costs": {key: asdict(costs) for key, costs in result.costs.items()},
+        },
+        rows=result.rows, seed=settings.seed,
+    )  # fmt: skip
+    report.record(profile.name, f"{experiment}_cells", params={}, values={"cells": len(result.cells)}, rows=result.cells)
+
+
+def update_headline(profile: Profile, result: bench.Benchmark, draft: str = "small") -> None:
+    """What the README quotes: ``draft`` as trained and, where they were measured, distilled and its control."""
+
+    def speeds(name):
+        lines = {f"T{t:g}": result.best[f"{name} T={t:g}"] for t in profile.bench.temperatures}
+        return {t: {"value": b["speedup"], "ci95": [b["ci95_low"], b["ci95_high"]], "k": b["k"]} for t, b in lines.items()}
+
+    def by_temperature(table, name):
+        return {f"T{t:g}": table[f"{name} T={t:g}"] for t in profile.bench.temperatures}
+
+    best, costs = by_temperature(result.best, draft), result.costs[f"{draft} T=1"]
+    values = {
+        "speedup": speeds(draft),
+        "tokens_per_second": {
+            "A": result.best["target T=1"]["tokens_per_second"],
+            "B": best["T1"]["draft_alone"]["tokens_per_second"],
+            "C": best["T1"]["tokens_per_second"],
+        },
+        "alpha": by_temperature(result.alpha, draft),
+        "tokens_per_round": {t: b["tokens_per_round"] for t, b in best.items()},
+        "c": costs.c, "v5": costs.v.get(5), "v9": costs.v.get(9), "o": costs.o,
+        "prediction_r2": result.r2,
+        "aa_ratio": result.aa["T=1"]["value"],
+    }  # fmt: skip
+    if f"{draft} distilled T=1" in result.alpha:
+        values["speedup_distilled"] = speeds(f"{draft} distilled")
+        values["alpha_distilled"] = by_temperature(result.alpha, f"{draft} distilled")
+        values["alpha_control"] = by_temperature(result.alpha, f"{draft} control")
+    report.update_headline(profile.name, **values)

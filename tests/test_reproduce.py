@@ -1,0 +1,100 @@
+"""The unattended run: a budget of seconds, results as it goes, and nothing done twice."""
+
+import json
+import lzma
+
+import pytest
+
+from specdec import report
+from specdec.__main__ import main
+from specdec.data import tokens_for
+from specdec.profiles import count, get_profile, scaled
+from specdec.reproduce import label, reproduce, training_flops
+from specdec.train import load_or_train
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECDEC_BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path / "results"))
+    monkeypatch.delenv("SPECDEC_PROFILE", raising=False)
+    return tmp_path
+
+
+def test_the_chain_within_a_budget_of_seconds(home, monkeypatch):
+    said = []
+    name = reproduce("ci", minutes=0.1, device="cpu", say=said.append)
+    base, _, budget = name.partition("@")
+    assert base == "ci" and 1 <= count(budget) <= get_profile("ci").schedules["target"].tokens
+    training, distillation, benchmark = (report.load("ci", e) for e in ("training", "distillation", "benchmark"))
+    assert training["params"]["target"]["tokens"] == get_profile(name).schedules["target"].tokens
+    assert training["values"]["target"]["flops"] > 0
+    assert set(distillation["values"]["drafts"]) == {"small", "medium", "small distilled", "small control", "medium distilled"}
+    assert benchmark["params"]["run"] == name
+    drafts = {line["draft"] for line in report.load_rows("ci", "benchmark_cells") if line["draft"]}
+    assert drafts == {"small", "medium", "small distilled", "small control", "medium distilled", "lookup"}
+    headline = json.loads((home / "results/ci/headline.json").read_text())
+    assert headline["speedup_distilled"]["T1"]["value"] > 0 and headline["alpha_control"]["T0"] >= 0
+
+    # the notebooks find the same models under the name that was printed
+    monkeypatch.setattr("specdec.train.train", None)
+    model, _ = load_or_train(get_profile(name), "target")
+    assert model.n_params() == training["values"]["target"]["weights"]
+
+    # once more: the budget is remembered, nothing is trained, nothing is measured
+    monkeypatch.setattr("specdec.bench.run", None)
+    monkeypatch.setattr("specdec.reproduce.train", None)
+    again = []
+    assert reproduce("ci", minutes=0.1, device="cpu", say=again.append) == name
+    assert "benchmark: done before" in again
+
+
+def test_local_text_and_a_budget_of_tokens(home, capsys):
+    texts = "<|endoftext|>".join(f"{i} The lark sang, the {i} th morning, over field {i * 7} and wood. " * 30 for i in range(60))
+    (home / "texts").mkdir()
+    with lzma.open(home / "texts/a.txt.xz", "wt") as file:
+        file.write(texts)
+    source = f"text:{home / 'texts'}"
+    assert main(["reproduce", "--profile", "ci", "--tokens", "4k", "--data", source, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "PROFILE=ci@4k" in out and str(home) not in out
+    written = "".join(path.read_text() for path in (home / "results/ci").glob("*.json"))
+    assert '"source": "text"' in written and str(home) not in written
+    assert report.load("ci", "benchmark")["params"]["data"]["sha256"] == tokens_for(get_profile(f"ci@4k:{home / 'texts'}")).sha256
+
+
+def test_wrong_budgets_end_with_a_sentence(home, capsys):
+    for options, words in (
+        (["--minutes", "3", "--tokens", "3M"], "not both"),
+        (["--minutes", "0"], "no budget"),
+        (["--tokens", "many"], "no number of tokens"),
+        (["--data", "sotu"], "text:PATH"),
+    ):
+        assert main(["reproduce", "--profile", "ci", *options]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_scaled_profile_keeps_its_shape():
+    seed, short = get_profile("seed"), get_profile("seed@340M")
+    for role, schedule in short.schedules.items():
+        for a, b in zip(schedule.phases, seed.schedules[role].phases, strict=True):
+            assert a.learning_rate == b.learning_rate and a.batch_size == b.batch_size
+            assert a.iterations == pytest.approx(b.iterations / 100, rel=0.02)
+            assert a.warmup == pytest.approx(b.warmup / 100, abs=1)
+        assert schedule.evaluation_batches == seed.schedules[role].evaluation_batches
+    assert short.schedules["target"].tokens == pytest.approx(340e6, rel=0.01)
+    assert short.name == "seed"
+    assert scaled(seed, 1.0) == seed
+
+
+def test_names_of_numbers():
+    assert [count(x) for x in ("300M", "1.5B", "20k", "512")] == [3e8, 1.5e9, 2e4, 512]
+    assert [label(x) for x in (312.7e6, 24_900, 3)] == ["312M", "24k", "1k"]
+    for wrong in ("", "M", "-3M", "infM", "nanB"):
+        with pytest.raises(ValueError, match="no number of tokens"):
+            count(wrong)
+
+
+def test_flops_of_the_seed_s_target():
+    """6 per weight that is read, 677.8M, and attention over half of 1,024 tokens, 12 · 768 · 1024 · 6."""
+    assert training_flops(get_profile("seed").models["target"], 1024) == pytest.approx(6 * 112_970_496 + 56_623_104)
