@@ -1,4 +1,4 @@
-"""The command line: generate, train, bench, export, reproduce. Wrong input ends with one sentence and exit status 2."""
+"""The command line: generate, train, distill, bench, export, reproduce. Wrong input ends with one sentence and exit status 2."""
 
 import argparse
 import json
@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from . import bench, peers, report
 from .data import tokens_for
-from .distill import DIVERGENCES, load_or_distill
+from .distill import DIVERGENCES, TEXTS, load_or_distill
 from .drafting import DraftModel
 from .engine import Trace, generate, speculate
 from .export import export_model, model_card
 from .inference import ready
 from .profiles import PROFILES, get_profile
-from .reproduce import reproduce
+from .reproduce import compare_recipes, reproduce
 from .sampling import RULES, Randomness, Sampling
 from .train import load_or_train
 
@@ -68,7 +68,14 @@ def parser() -> argparse.ArgumentParser:
         "torchrun --nproc-per-node 2 -m specdec train --profile seed --model target",
     )  # fmt: skip
     sub.add_argument("--model", default="target", help="target, small, medium or distilled (default: target)")
-    sub.add_argument("--distill-loss", default="forward-kl", help=f"{', '.join(DIVERGENCES)} or cross-entropy, the control")
+    sub.add_argument("--distill-loss", help=f"{', '.join(DIVERGENCES)} or cross-entropy, the control (default: the profile's)")
+    sub.add_argument("--distill-texts", help=f"whose text is read: {', '.join(TEXTS)} (default: the profile's)")
+
+    sub = command(
+        "distill", run_distill, "distil a draft by every recipe and compare them, into results/",
+        "specdec distill --profile cpu --role small",
+    )  # fmt: skip
+    sub.add_argument("--role", default="small", help="small or medium (default: small)")
 
     sub = command(
         "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does",
@@ -158,7 +165,7 @@ def run_train(options) -> None:
         dist.barrier()
     try:
         if options.model == "distilled":
-            _, history = load_or_distill(profile, options.distill_loss)
+            _, history = load_or_distill(profile, options.distill_loss, texts=options.distill_texts)
         else:
             _, history = load_or_train(profile, options.model, device=device)
     finally:
@@ -168,6 +175,10 @@ def run_train(options) -> None:
     if not parallel or chief:
         print(f"{profile.name} {options.model}: validation loss {history.validation_loss:.4f} nats a token "
               f"after {history.rows[-1]['tokens']:,d} tokens and {history.seconds:.0f} s")  # fmt: skip
+
+
+def run_distill(options) -> None:
+    compare_recipes(get_profile(options.profile), role=options.role, say=lambda line: print(line, flush=True))
 
 
 def run_bench(options) -> None:

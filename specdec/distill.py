@@ -1,25 +1,31 @@
 """Distillation: the draft learns the target's distribution instead of the text, because that is what alpha measures.
 
 α = 1 − TV(p, q), so total variation and −log α train the metric itself, but their gradients vanish where q is far from
-p; forward KL does not (DistillSpec, Zhou et al. 2023, 2310.08461; LK losses, 2602.23881). Every comparison is
-against a control: the same start, steps and batches with plain cross-entropy, since otherwise a gain may only be
-more training.
+p; forward KL does not, so it goes first (DistillSpec, Zhou et al. 2023, 2310.08461; LK losses, 2602.23881). The text may
+be the data's, or what one of the models writes itself. Every comparison is against a control: the same start and steps
+with plain cross-entropy, since otherwise a gain may only be more training.
 """
 
 import copy
-from dataclasses import asdict
+import hashlib
+from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import TokenData, tokens_for, window
+from .checkpoint import put_in_place
+from .data import TokenData, build_dir, tokens_for, window
+from .inference import ready
 from .model import Transformer
-from .profiles import Profile
+from .profiles import Profile, Schedule
+from .sampling import Sampling
 from .theory import overlap
 from .train import History, Loss, cross_entropy, has_bf16, held_out_starts, load_or_train, source_key, trained
 
 _SOURCES = source_key("distill")
 DIVERGENCES = ("forward-kl", "total-variation", "neg-log-alpha")
+TEXTS = ("data", "draft", "target")  # whose text the models are compared on while they are trained
 
 
 def distillation_loss(teacher: Transformer, kind: str) -> Loss:
@@ -49,23 +55,95 @@ def distillation_loss(teacher: Transformer, kind: str) -> Loss:
 
 
 def load_or_distill(
-    profile: Profile, kind: str = "forward-kl", *, role: str = "small", device: str | torch.device = "cpu"
-) -> tuple[Transformer, History]:
-    """The draft of that role, trained further on the target by ``kind``; "cross-entropy" is the control."""
+    profile: Profile, kind: str | None = None, *, role: str = "small", texts: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Transformer, History]:  # fmt: skip
+    """The draft of that role, trained further on the target by ``kind``; "cross-entropy" is the control.
+
+    Another divergence than forward KL takes over in the last phase of the profile's schedule. ``texts`` "draft" or
+    "target" trains on what that model writes. None, for either, is the profile's own choice; the control learns from data.
+    """
+    kind = kind or profile.divergence
     if kind not in ("cross-entropy", *DIVERGENCES):
         raise ValueError(f"there is no divergence {kind!r}; choose one of {', '.join(DIVERGENCES)} or cross-entropy.")
-    schedule, data = profile.distillation, tokens_for(profile)
+    texts = "data" if kind == "cross-entropy" else texts or profile.texts
+    if texts not in TEXTS:
+        raise ValueError(f"there is no text of {texts!r}; choose one of {', '.join(TEXTS)}.")
+    data = tokens_for(profile)
     target, _ = load_or_train(profile, "target", device=device)
-    start, _ = load_or_train(profile, role, device=device)
+    student, _ = load_or_train(profile, role, device=device)
     parts = {
-        "kind": kind,
         "models": [asdict(profile.models["target"]), asdict(profile.models[role])],
-        "schedules": [asdict(profile.schedules["target"]), asdict(profile.schedules[role]), asdict(schedule)],
+        "schedules": [asdict(profile.schedules["target"]), asdict(profile.schedules[role])],
         "data": data.sha256,
         "distill": _SOURCES,
     }
-    loss = cross_entropy if kind == "cross-entropy" else distillation_loss(target, kind)
-    return trained(profile, f"{role}-{kind}", parts, lambda: start, data, schedule, loss, device)
+    if texts != "data":
+        parts["texts"] = [texts, profile.distillation.tokens]
+        writer = {"target": target, "draft": student}[texts]
+        data = replace(data, train=_written_once(writer, data, profile, f"{texts}-{role}"))
+    rows, stages = [], stages_of(profile.distillation, kind)
+    for name, schedule in stages:
+        parts[f"stage {len(parts)}"] = [name, asdict(schedule)]
+        loss = cross_entropy if name == "cross-entropy" else distillation_loss(target, name)
+        start = student
+        student, history = trained(profile, f"{role}-{name}", dict(parts), lambda: start, data, schedule, loss, device)
+        rows += continued(rows, history.rows)
+    return student, History(rows)
+
+
+def stages_of(schedule: Schedule, kind: str) -> list[tuple[str, Schedule]]:
+    """What is trained by which loss: everything by one, or forward KL first and ``kind`` in the last phase."""
+    if kind in ("cross-entropy", "forward-kl") or len(schedule.phases) == 1:
+        return [(kind, schedule)]
+    first, last = replace(schedule, phases=schedule.phases[:-1]), replace(schedule, phases=schedule.phases[-1:])
+    return [("forward-kl", first), (kind, last)]
+
+
+def continued(before: list[dict], rows: list[dict]) -> list[dict]:
+    """``rows`` of a training that took over where ``before`` ended: what is counted goes on."""
+    counts = {key: before[-1][key] if before else 0 for key in ("iteration", "tokens", "seconds")}
+    return [row | {key: row[key] + count for key, count in counts.items()} for row in rows]
+
+
+@torch.inference_mode()
+def written(
+    model: Transformer, tokens: np.ndarray, n: int, length: int, *, eot: int, seed: int, prompt_tokens: int = 16,
+    batch_size: int = 128, temperature: float = 1.0,
+) -> np.ndarray:  # fmt: skip
+    """n texts of ``length`` tokens (n·length,) uint16 that ``model`` writes, each after a prompt from ``tokens``, each
+    ended by ``eot``. The same seed, the same texts."""
+    fast, sampling, n_ids = ready(model), Sampling(temperature), model.config.n_ids
+    prompt_tokens = min(prompt_tokens, length - 1)
+    generator, out = torch.Generator(fast.device).manual_seed(seed), []
+    for begin in range(0, n, batch_size):
+        rows = min(batch_size, n - begin)
+        places = torch.randint(len(tokens) - prompt_tokens, (rows,), generator=generator, device=fast.device).tolist()
+        text = torch.empty(rows, length, dtype=torch.long, device=fast.device)
+        text[:, :prompt_tokens] = window(tokens, places, prompt_tokens)[0].to(fast.device)
+        cache, unread = fast.new_cache(rows, length), text[:, :prompt_tokens]
+        for i in range(prompt_tokens, length - 1):
+            probs = sampling.probs(fast(unread, cache)[:, -1, :n_ids])  # (rows, V)
+            unread = text[:, i : i + 1] = torch.multinomial(probs, 1, generator=generator)
+        text[:, -1] = eot
+        out.append(text.flatten().cpu().numpy().astype(np.uint16))
+    return np.concatenate(out)
+
+
+def _written_once(model: Transformer, data: TokenData, profile: Profile, name: str) -> np.ndarray:
+    """As much text of ``model`` as a distillation reads, kept in a file that names what made it."""
+    length, schedule = profile.distillation.block_size, profile.distillation
+    key = hashlib.sha256(f"{schedule} {data.sha256} {_SOURCES}".encode())
+    for weight in model.parameters():  # another training, another file
+        key.update(weight.detach().cpu().numpy().tobytes())
+    path = build_dir() / profile.name / "tokens" / f"{name}-{key.hexdigest()[:12]}.npy"
+    if not path.exists():
+        texts = written(model, data.train, -(-schedule.tokens // length), length, eot=data.eot, seed=schedule.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".partial"), "wb") as file:
+            np.save(file, texts)
+        put_in_place(path.with_suffix(".partial"), path)
+    return np.load(path)
 
 
 @torch.inference_mode()

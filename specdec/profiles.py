@@ -72,8 +72,10 @@ class Profile:
     data: DataConfig
     models: dict[str, ModelConfig]  # "target", "small", "medium"
     schedules: dict[str, Schedule]  # the same keys
-    distillation: Schedule  # of the small draft; its control gets the same steps of plain cross-entropy
+    distillation: Schedule  # of a draft; its control gets the same steps of plain cross-entropy
     bench: BenchConfig = field(repr=False)
+    divergence: str = "forward-kl"  # of the last phase of a distillation; those before it are always forward KL
+    texts: str = "data"  # what a distillation reads: "data", or what the "draft" or the "target" writes
 
 
 _CI = Profile(
@@ -88,7 +90,9 @@ _CI = Profile(
         role: Schedule((Phase(60, 5, 3e-3, 0.1, 1, 8, 20),), block_size=64, evaluation_batches=2)
         for role in ("target", "small", "medium")
     },
-    distillation=Schedule((Phase(40, 5, 2e-3, 0.1, 1, 8, 20),), block_size=64, evaluation_batches=2),
+    distillation=Schedule(
+        (Phase(20, 5, 2e-3, 0.1, 1, 8, 10), Phase(20, 2, 1e-3, 0.1, 1, 8, 10)), block_size=64, evaluation_batches=2
+    ),
     bench=BenchConfig(n_prompts=4, prompt_tokens=16, new_tokens=24, ks=(1, 2, 4), n_sweep_prompts=2),
 )
 
@@ -107,7 +111,9 @@ _CPU = Profile(
         "small": Schedule((Phase(700, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
         "medium": Schedule((Phase(350, 40, 2e-3, 0.1, 1, 4, 50),), block_size=256, compile=True),
     },
-    distillation=Schedule((Phase(500, 50, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+    distillation=Schedule(
+        (Phase(250, 50, 2e-3, 0.1, 1, 4, 50), Phase(250, 20, 1e-3, 0.1, 1, 4, 50)), block_size=256, compile=True
+    ),
     bench=BenchConfig(
         n_prompts=32, prompt_tokens=32, new_tokens=96, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4, passes="compiled"
     ),
@@ -139,7 +145,8 @@ _SEED = Profile(
         ),
     },
     distillation=Schedule(
-        (Phase(10_000, 200, 3e-4, 0.1, 16, 16, 500),), block_size=1024, evaluation_batches=64, compile=True
+        (Phase(5_000, 200, 3e-4, 0.1, 16, 16, 500), Phase(5_000, 100, 2e-4, 0.1, 16, 16, 500)),
+        block_size=1024, evaluation_batches=64, compile=True,
     ),
     bench=BenchConfig(
         n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=8, passes="graphs"

@@ -15,15 +15,19 @@ import torch
 
 from . import bench, report
 from .data import TokenData, build_dir, tokens_for, write_json
-from .distill import acceptance, distillation_loss, load_or_distill
+from .distill import acceptance, distillation_loss, load_or_distill, written
 from .drafting import PromptLookup
 from .model import ModelConfig, Transformer
 from .profiles import PROFILES, Profile, Schedule, count, get_profile
 from .train import History, Loss, cross_entropy, load_or_train, train
 
 ROLES = ("target", "small", "medium")
-DISTILLED = {"small distilled": ("small", "forward-kl"), "small control": ("small", "cross-entropy"),
-             "medium distilled": ("medium", "forward-kl")}  # fmt: skip
+DISTILLED = {"small distilled": ("small", None), "small control": ("small", "cross-entropy"),
+             "medium distilled": ("medium", None)}  # fmt: skip
+RECIPES = (  # what a draft may learn from: a divergence, and whose text
+    ("cross-entropy", "data"), ("forward-kl", "data"), ("total-variation", "data"), ("neg-log-alpha", "data"),
+    ("forward-kl", "draft"), ("neg-log-alpha", "draft"), ("neg-log-alpha", "target"),
+)  # fmt: skip
 TRAINING_SHARE = 0.75  # of the minutes that are left once the text is ready; the rest is compiling and measuring
 
 
@@ -113,7 +117,7 @@ def training_seconds(profile: Profile, data: TokenData, device, say: Callable) -
     for role in ROLES:
         out[role] = _seconds(profile.models[role], profile.schedules[role], data, device, cross_entropy)
     for name, (role, kind) in DISTILLED.items():
-        loss = cross_entropy if kind == "cross-entropy" else distillation_loss(target, kind)
+        loss = cross_entropy if kind == "cross-entropy" else distillation_loss(target, kind or profile.divergence)
         out[name] = _seconds(profile.models[role], profile.distillation, data, device, loss)
     say("the full schedules would take " + ", ".join(f"{name} {s / 60:,.0f} min" for name, s in out.items()))
     return out
@@ -184,6 +188,33 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
     alphas = {"as trained": "small", "control": "small control", "distilled": "small distilled"}
     values = {"alpha_held_out": {label: values[name]["alpha_held_out"] for label, name in alphas.items()}, "drafts": values}
     report.record(profile.name, "distillation", params=params, values=values, rows=rows)
+
+
+def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_windows: int = 48, say=print) -> list[dict]:
+    """``recipes.json``: α of a draft distilled by every recipe, on held-out text and on text that the target wrote.
+
+    The second is what a speculative engine reads: everything it emits follows the target's law.
+    """
+    data, block = tokens_for(profile), profile.distillation.block_size
+    target = load_or_train(profile, "target", device=device)[0]
+    own = written(target, data.validation, n_windows, block + 1, eot=data.eot, seed=profile.bench.seed)
+    texts = {"held-out text": data, "the target's text": replace(data, validation=own)}
+
+    def line(recipe: str, draft: Transformer, seconds: float) -> dict:
+        alphas = {
+            f"{name}, T = {t:g}": acceptance(target, draft, text, temperature=t, n_windows=n_windows).mean().item()
+            for name, text in texts.items() for t in profile.bench.temperatures
+        }  # fmt: skip
+        say(f"{recipe:32s} " + "  ".join(f"{name}: {a:.3f}" for name, a in alphas.items()))
+        return {"recipe": recipe, "role": role, "seconds": seconds} | alphas
+
+    lines = [line("as trained", load_or_train(profile, role, device=device)[0], 0.0)]
+    for kind, text in RECIPES:
+        draft, history = load_or_distill(profile, kind, role=role, texts=text, device=device)
+        lines.append(line("control" if kind == "cross-entropy" else f"{kind} on {text}", draft, history.seconds))
+    params = {"iterations": profile.distillation.iterations, "tokens": profile.distillation.tokens, "n_windows": n_windows}
+    report.record(profile.name, "recipes", params=params, values={"recipes": lines}, rows=lines)
+    return lines
 
 
 # ---- the benchmark

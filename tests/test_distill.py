@@ -8,10 +8,14 @@ import torch
 
 import specdec.distill as distill
 import specdec.train as loop
+from specdec import report
 from specdec.data import DataConfig, TokenData
-from specdec.distill import DIVERGENCES, acceptance, distillation_loss, load_or_distill
+from specdec.distill import DIVERGENCES, TEXTS, acceptance, distillation_loss, load_or_distill, stages_of, written
+from specdec.engine import generate
 from specdec.model import ModelConfig, Transformer
 from specdec.profiles import PROFILES, Phase, Profile, Schedule
+from specdec.reproduce import RECIPES, compare_recipes
+from specdec.sampling import Sampling
 from specdec.train import cross_entropy, load_or_train, train
 
 CONFIG = ModelConfig(2, 2, 16, 1, vocab_size=32, n_ids=30, context=16, dropout=0.0)
@@ -185,6 +189,7 @@ def profile(monkeypatch, tmp_path) -> Profile:
     monkeypatch.setenv("SPECDEC_BUILD", str(tmp_path))
     for module in (distill, loop):
         monkeypatch.setattr(module, "tokens_for", lambda profile: toy_data())
+    monkeypatch.setattr(TokenData, "eot", 29)
     models = {"target": CONFIG, "small": replace(CONFIG, n_layers=1)}
     schedules = {"target": SCHEDULE, "small": SCHEDULE}
     return Profile("toy", DataConfig(), models, schedules, replace(SCHEDULE, seed=7), PROFILES["ci"].bench)
@@ -219,6 +224,68 @@ def test_control_and_distillation_differ_in_the_loss_alone(profile, monkeypatch)
     monkeypatch.setattr(loop, "train", None)  # all of it is there now: nothing is trained again
     again, same = load_or_distill(profile, "forward-kl")
     assert torch.equal(again.head.weight, distilled.head.weight) and same.rows == history.rows
+
+
+def test_forward_kl_goes_first():
+    two = replace(SCHEDULE, phases=(SCHEDULE.phases[0], replace(SCHEDULE.phases[0], iterations=4)))
+    assert [(kind, s.iterations) for kind, s in stages_of(two, "neg-log-alpha")] == [("forward-kl", 6), ("neg-log-alpha", 4)]
+    for kind in ("forward-kl", "cross-entropy"):
+        assert stages_of(two, kind) == [(kind, two)]
+    assert stages_of(SCHEDULE, "total-variation") == [("total-variation", SCHEDULE)]
+
+
+def test_the_history_goes_on_over_both_stages(profile):
+    two = replace(profile, distillation=replace(SCHEDULE, phases=SCHEDULE.phases * 2))
+    draft, history = load_or_distill(two, "total-variation")
+    assert [row["iteration"] for row in history.rows] == [3, 6, 9, 12]
+    assert [row["tokens"] for row in history.rows] == [64 * i for i in (3, 6, 9, 12)]
+    assert history.rows[2]["seconds"] > history.rows[1]["seconds"]
+    warm, _ = load_or_distill(replace(two, distillation=SCHEDULE), "forward-kl")
+    assert not torch.equal(draft.head.weight, warm.head.weight)
+
+
+class TestWritten:
+    tokens = toy_data().train
+
+    def test_texts_begin_with_the_data_and_end_with_a_mark(self):
+        model = toy_model()
+        texts = written(model, self.tokens, 7, 12, eot=29, seed=1, prompt_tokens=4, batch_size=3).reshape(7, 12)
+        begins = {tuple(self.tokens[i : i + 4]) for i in range(len(self.tokens) - 3)}
+        assert all(tuple(text[:4]) in begins and text[-1] == 29 for text in texts)
+        again = written(model, self.tokens, 7, 12, eot=29, seed=1, prompt_tokens=4, batch_size=3).reshape(7, 12)
+        other = written(model, self.tokens, 7, 12, eot=29, seed=2, prompt_tokens=4, batch_size=3).reshape(7, 12)
+        assert (texts == again).all() and not (texts == other).all()
+
+    def test_a_greedy_text_is_the_engine_s(self):
+        model = toy_model()
+        for text in written(model, self.tokens, 5, 12, eot=29, seed=1, prompt_tokens=4, temperature=0).reshape(5, 12).tolist():
+            assert text[4:-1] == list(generate(model, text[:4], max_new_tokens=7, sampling=Sampling(0)))
+
+    def test_its_law_is_the_model_s(self):
+        model = toy_model(sharpness=40.0)
+        texts = torch.from_numpy(written(model, np.array([3] * 9), 4000, 3, eot=0, seed=0, prompt_tokens=1).astype(int))
+        p = model(torch.tensor([[3]]))[0, -1, :30].softmax(-1)
+        seen = texts.view(-1, 3)[:, 1].bincount(minlength=30) / 4000
+        assert 0.5 * (seen - p).abs().sum() < 0.05  # some four times what 4,000 draws leave
+
+
+def test_whose_text_is_read(profile):
+    drafts = {text: load_or_distill(profile, "forward-kl", texts=text)[0].head.weight for text in TEXTS}
+    assert not any(torch.equal(drafts["data"], drafts[text]) for text in ("draft", "target"))
+    files = sorted((distill.build_dir() / "toy" / "tokens").glob("*.npy"))
+    assert [path.name.split("-")[0] for path in files] == ["draft", "target"]
+    assert all(len(np.load(path)) == profile.distillation.tokens for path in files)
+    with pytest.raises(ValueError, match="no text of 'nobody'"):
+        load_or_distill(profile, "forward-kl", texts="nobody")
+
+
+def test_every_recipe_is_compared_and_recorded(profile, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr("specdec.reproduce.tokens_for", lambda profile: toy_data())
+    said = []
+    lines = compare_recipes(profile, n_windows=4, say=said.append)
+    assert len(lines) == len(said) == 1 + len(RECIPES) == len(report.load_rows("toy", "recipes"))
+    assert all(0 <= value <= 1 for line in lines for name, value in line.items() if "T =" in name)
 
 
 def test_unknown_kind_gets_a_sentence_before_any_training(profile, monkeypatch):
