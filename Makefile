@@ -2,6 +2,7 @@
 PROFILE ?= cpu
 PARAMS ?=
 PYTHON ?= python3
+SOAK_MINUTES ?= 10
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -37,7 +38,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
 
 .PHONY: reproduce
-reproduce: $(RUNS) ## train, run every notebook, write results/ and the README's numbers (40 min)
+reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (40 min)
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
 endif
@@ -48,9 +49,9 @@ ENGINE := $(GROUND) $(addprefix specdec/,inference.py drafting.py engine.py benc
 $(call run,01_data): $(addprefix specdec/,data.py profiles.py report.py)
 $(call run,02_model_and_training): $(GROUND) $(call run,01_data)
 $(call run,03_speculative_decoding): $(ENGINE) $(call run,02_model_and_training)
-$(call run,04_losslessness): $(ENGINE) $(call run,02_model_and_training)
+$(call run,04_losslessness): $(ENGINE) $(call run,02_model_and_training) build/$(PROFILE)/proved
 $(call run,05_kv_cache_rollback): $(ENGINE) $(call run,02_model_and_training)
-$(call run,06_benchmark): $(ENGINE) $(call run,02_model_and_training)
+$(call run,06_benchmark): $(ENGINE) $(addprefix specdec/,distill.py roofline.py) $(call run,02_model_and_training)
 $(call run,07_distillation): $(ENGINE) specdec/distill.py $(call run,06_benchmark)
 
 # Notebooks measure, so they never run side by side.
@@ -59,6 +60,38 @@ build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb | $(VENV)/.done
 	@mkdir -p $(@D)
 	@echo "$* ($(PROFILE))"
 	@$(BIN)/python -m specdec.notebooks run $< $@ profile=$(PROFILE) $(PARAMS)
+
+# What proves that nothing is lost, once more with the trained pair.
+PROOF := $(addprefix tests/test_,lossless.py statistics.py edges.py sampling.py engine.py soak.py)
+.PHONY: proof
+proof: $(VENV)/.done ## every check and every deliberate mistake of losslessness as a table in results/ (3 min)
+	SPECDEC_PROFILE=$(PROFILE) $(BIN)/python -m pytest $(PROOF) --record-proof
+ifeq ($(PROFILE),cpu)
+	@$(BIN)/python -m specdec.report
+endif
+
+build/$(PROFILE)/proved: $(ENGINE) $(wildcard tests/*.py) $(call run,02_model_and_training)
+	@$(MAKE) --no-print-directory proof
+	@touch $@
+
+.PHONY: soak
+soak: $(VENV)/.done ## the same on random models, laws and settings, SOAK_MINUTES=10 (10 min)
+	$(BIN)/python tests/soak.py --minutes $(SOAK_MINUTES)
+
+.PHONY: distill
+distill: $(VENV)/.done ## what a draft may learn from: every loss and text compared, into results/ (20 min)
+	$(BIN)/python -m specdec distill --profile $(PROFILE)
+
+.PHONY: peers
+peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (10 min)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[peers]' -c requirements.lock
+	$(BIN)/python -m specdec bench --profile $(PROFILE) --peers --draft distilled
+
+MINUTES ?= 25
+DATA ?=
+.PHONY: seed-gpu
+seed-gpu: $(VENV)/.done ## the seed's sizes on one GPU, unattended, in MINUTES=25; DATA=text:PATH for local text (25 min)
+	$(BIN)/python -m specdec reproduce --profile seed --minutes $(MINUTES) $(if $(DATA),--data "$(DATA)")
 
 .PHONY: test
 test: $(VENV)/.done ## the tests and every notebook in the ci profile (5 min)

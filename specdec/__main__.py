@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import bench, peers, report
+from . import bench, peers, report, roofline
 from .data import tokens_for
 from .distill import DIVERGENCES, TEXTS, load_or_distill
 from .drafting import DraftModel
@@ -82,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
         "specdec bench --profile cpu --json bench.json",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
+    sub.add_argument("--roofline", action="store_true", help="a decoding step of every model beside the floor that memory sets, "
+                     "of the profile's and, with random weights, of the seed's sizes")  # fmt: skip
     sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
     sub.add_argument("--draft", default="small", help="with --peers: small, medium or distilled (default: small)")
 
@@ -182,11 +184,13 @@ def run_distill(options) -> None:
 
 
 def run_bench(options) -> None:
+    if options.roofline:
+        return run_roofline(options)
     if options.peers:
         return run_peers(options)
     profile = get_profile(options.profile)
-    models = {name: model_named(profile, name) for name in ("target", "small", "medium")}
-    result = bench.run(*bench.equip(models, profile.bench), tokens_for(profile), profile.bench)
+    models, data = {name: model_named(profile, name) for name in ("target", "small", "medium")}, tokens_for(profile)
+    result = bench.run(*bench.equip(models, profile.bench, data), data, profile.bench)
     print(f"{'arm':16s} {'T':>3s} {'tokens/s':>9s} {'speed-up':>9s} {'95% interval':>14s} {'predicted':>9s} {'accepted÷examined':>18s}")
     for cell in result.cells:
         speculative = "predicted" in cell
@@ -205,6 +209,18 @@ def run_bench(options) -> None:
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"cells": result.cells, "provenance": report.provenance(profile.name)}, file, indent=2)
+
+
+def run_roofline(options) -> None:
+    profile = get_profile(options.profile)
+    steps = roofline.survey(profile)
+    print(f"memory is read at {steps[0]['bandwidth'] / 1e9:.1f} GB/s")
+    print(f"{'model':18s} {'dtype':>9s} {'passes':>9s} {'MB a token':>10s} {'floor ms':>9s} {'step ms':>8s} {'of the floor':>12s} "
+          f"{'v(2)':>5s} {'v(5)':>5s} {'v(9)':>5s}")  # fmt: skip
+    for s in steps:
+        print(f"{s['sizes'] + ' ' + s['model']:18s} {s['dtype']:>9s} {s['passes']:>9s} {s['bytes'] / 1e6:10.1f} "
+              f"{s['floor_seconds'] * 1e3:9.2f} {s['seconds'] * 1e3:8.2f} {s['fraction']:12.0%} "
+              f"{s['v2']:5.2f} {s['v5']:5.2f} {s['v9']:5.2f}")  # fmt: skip
 
 
 def run_peers(options) -> None:

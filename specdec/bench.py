@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from . import theory
 from .data import TokenData, held_out_prompts
-from .drafting import CapturedDraftModel, Drafter, DraftModel
+from .drafting import CapturedDraftModel, Drafter, DraftModel, frequent_ids
 from .engine import Trace, generate, prefill, speculate
-from .inference import ready
+from .inference import ready, trimmed
 from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Randomness, Rule, Sampling, token_wise
@@ -247,14 +247,21 @@ class Benchmark:
     r2: float = float("nan")  # of predicted against measured speed-up over all speculative cells of the sweep
 
 
-def equip(models: dict[str, Transformer], config: BenchConfig) -> tuple[Transformer, dict[str, Drafter], dict]:
+def equip(
+    models: dict[str, Transformer], config: BenchConfig, data: TokenData
+) -> tuple[Transformer, dict[str, Drafter], dict[str, Transformer]]:
     """The target, a drafter of every other model, and those models for drafting alone, all as fast as ``config`` says."""
     target = ready(models["target"], config.dtype, config.passes)
     drafts = {name: model for name, model in models.items() if name != "target"}
     alone = {name: ready(model, config.dtype, config.passes) for name, model in drafts.items()}
-    if config.passes == "graphs":
-        return target, {name: CapturedDraftModel(ready(model, config.dtype)) for name, model in drafts.items()}, alone
-    return target, {name: DraftModel(model) for name, model in alone.items()}, alone
+    ids = frequent_ids(data, config.draft_ids).to(target.device) if config.draft_ids else None
+    captured, fast = config.passes == "graphs", dict(alone)
+    if captured or ids is not None:
+        passes = "eager" if captured else config.passes  # the whole chain of drafts is captured, not its steps
+        cut = {name: model if ids is None else trimmed(model, ids) for name, model in drafts.items()}
+        fast = {name: ready(model, config.dtype, passes) for name, model in cut.items()}
+    kind = CapturedDraftModel if captured else DraftModel
+    return target, {name: kind(model, ids) for name, model in fast.items()}, alone
 
 
 def split_prompts(data: TokenData, config: BenchConfig) -> tuple[list[list[int]], list[list[int]]]:
@@ -329,6 +336,45 @@ def kept_probs(
     for i, (prompt, trace) in enumerate(zip(prompts, traces)):
         both(target, drafter, k, config, sampling)(prompt, Randomness(config.seed + i, target.device), trace)
     return traces
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Where greedy texts part only because a pass over several rows rounds differently from a pass over one."""
+
+    tokens: int  # positions looked at
+    floor: float  # twice the largest change of a top-two margin between one row and several, in logits
+    near: int  # positions whose margin is below the floor
+    texts: int
+    parted: int  # texts in which speculation wrote another token than the target alone
+    largest: float  # the largest margin at which one parted; 0 if none did
+
+
+@torch.inference_mode()
+def greedy_ties(target: Transformer, drafter: Drafter, prompts: list[list[int]], *, k: int, new_tokens: int) -> Ties:
+    """Greedy texts with and without ``drafter``, and how far rounding moves the target's margins."""
+    margins, largest_change, parted_at, n_ids = [], 0.0, [], target.config.n_ids
+    options = {"max_new_tokens": new_tokens, "sampling": Sampling(0)}
+    for prompt in prompts:
+        own = list(generate(target, prompt, **options))
+        both = list(speculate(target, prompt, drafter=drafter, k=k, **options))
+        text = torch.tensor([prompt + own[:-1]], device=target.device)
+        reread = {}
+        for m in range(1, k + 2):
+            cache = target.new_cache()
+            prefill(target, prompt, cache)
+            blocks = text[:, len(prompt) - 1 :].split(m, 1)
+            reread[m] = torch.cat([target(block, cache)[0, :, :n_ids].float() for block in blocks])  # (new_tokens, V)
+        first, second = reread[1].topk(2).indices.unbind(-1)
+        margin = {m: rows.gather(1, first[:, None]) - rows.gather(1, second[:, None]) for m, rows in reread.items()}
+        largest_change = max(largest_change, *(float((margin[m] - margin[1]).abs().max()) for m in margin))
+        margins += margin[1][:, 0].tolist()
+        differs = [i for i, (a, b) in enumerate(zip(own, both)) if a != b]
+        if differs:
+            parted_at.append(float(margin[1][differs[0]]))
+    floor = 2 * largest_change
+    near = sum(m < floor for m in margins)
+    return Ties(len(margins), floor, near, len(prompts), len(parted_at), max(parted_at, default=0.0))
 
 
 def r_squared(measured: list[float], predicted: list[float]) -> float:

@@ -147,16 +147,19 @@ def _written_once(model: Transformer, data: TokenData, profile: Profile, name: s
 
 
 @torch.inference_mode()
-def acceptance(target: Transformer, draft: Transformer, data: TokenData, *, temperature: float = 1.0,
-               n_windows: int = 32, block_size: int | None = None) -> Tensor:  # fmt: skip
-    """α = Σ min(p, q) at every position of held-out windows → (n_windows, block_size)."""
+def acceptance(target: Transformer, draft: Transformer, data: TokenData, *, temperature: float = 1.0, n_windows: int = 32,
+               block_size: int | None = None, offered: Tensor | None = None) -> Tensor:  # fmt: skip
+    """α = Σ min(p, q) at every position of held-out windows → (n_windows, block_size); 0 or 1 at temperature 0.
+
+    ``offered`` (N,) are the only ids that the draft offers; None: all.
+    """
     block = block_size or min(target.config.context, draft.config.context)
-    n_ids, rows = target.config.n_ids, []
+    n_ids, rows, sampling = target.config.n_ids, [], Sampling(temperature)
     for start in held_out_starts(data, n_windows, block):
         ids, _ = window(data.validation, [start], block)
         p, q = (m(ids.to(m.device))[0, :, :n_ids].float() for m in (target, draft))
-        if temperature == 0:
-            rows.append((p.argmax(-1) == q.argmax(-1)).float())
-        else:
-            rows.append(overlap((p / temperature).softmax(-1), (q / temperature).softmax(-1)))
+        q = q if offered is None else q[:, offered]
+        q = sampling.probs(q, "draft model")
+        q = q if offered is None else torch.zeros_like(p).index_copy_(1, offered, q)
+        rows.append(overlap(sampling.probs(p, "target"), q))
     return torch.stack(rows)

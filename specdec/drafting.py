@@ -4,6 +4,7 @@ A drafter keeps whatever state it likes about the text so far and forgets the en
 asks how the tokens were found, so a new idea is a new class here and nothing else.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -70,12 +71,16 @@ class DraftModel:
         # Usually one token is unread. After a round in which every draft was accepted it is two: the last draft was
         # drawn but never read. Reading all that is missing, whatever it is, leaves no hole in the cache.
         unread = torch.tensor([text[self.cache.length :]], device=self.model.device)  # (1, 1 or 2)
-        for _ in range(k):
+        while len(tokens) < k and self.goes_on(rows):
             token, q = self.draw(self.model(unread, self.cache)[0, -1], sampling, randomness)
             tokens.append(token)
             rows.append(q)
             unread = token[None]  # (1, 1)
         return Draft(torch.cat(tokens), self.spread(torch.stack(rows)))
+
+    def goes_on(self, rows: list[Tensor]) -> bool:
+        """Whether to draft one more token after those drawn from ``rows``."""
+        return True
 
     def draw(self, logits: Tensor, sampling: Sampling, randomness: Randomness) -> tuple[Tensor, Tensor]:
         """One id (1,) and the row that it was drawn from, (V,) or with a trimmed output layer (N,)."""
@@ -91,6 +96,20 @@ class DraftModel:
 
     def truncate(self, length: int) -> None:
         self.cache.truncate(length)
+
+
+class AdaptiveDraftModel(DraftModel):
+    """Drafts on while it is sure of itself: until the product of the largest probabilities of its rows q falls below
+    ``least``. It looks at q alone and never at what was drawn from it, and what was drawn stays, so nothing is lost."""
+
+    def __init__(self, model: Transformer, ids: Tensor | None = None, *, least: float = 0.3):
+        super().__init__(model, ids)
+        if not 0 <= least <= 1:
+            raise ValueError(f"least is {least}; give a probability, 0 to draft k tokens always and 1 for a single one.")
+        self.least = least
+
+    def goes_on(self, rows: list[Tensor]) -> bool:
+        return math.prod(float(q.amax()) for q in rows) >= self.least
 
 
 class CapturedDraftModel(DraftModel):

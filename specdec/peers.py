@@ -97,7 +97,7 @@ def contestants(target, theirs, draft, their_draft, lookup, config: BenchConfig,
 def compare(target: Transformer, draft: Transformer, data: TokenData, config: BenchConfig) -> Comparison:
     """Ours and theirs, alone, with ``draft`` and with prompt lookup: every setting on some held-out prompts, then each
     family's fastest on fresh ones. A family's empty setting is the library's default."""
-    fast, drafters, _ = equip({"target": target, "draft": draft}, config)
+    fast, drafters, _ = equip({"target": target, "draft": draft}, config, data)
     theirs, their_draft = (peer(model, fast.dtype) for model in (target, draft))
     lookup = PromptLookup(target.config.n_ids, device=fast.device)
     sweep, final = split_prompts(data, config)

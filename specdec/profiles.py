@@ -61,6 +61,7 @@ class BenchConfig:
     temperatures: tuple[float, ...] = (0.0, 1.0)
     dtype: str = "auto"  # bfloat16 where the machine multiplies it natively, else float32
     passes: str = "eager"  # or "compiled", "graphs": see inference.ready
+    draft_ids: int | None = None  # how many ids a draft offers, the most frequent of the training text; None: all
     seed: int = 2024
 
 
@@ -107,15 +108,15 @@ _CPU = Profile(
         "medium": ModelConfig(6, 4, 256, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
     },
     schedules={
-        "target": Schedule((Phase(700, 60, 1.5e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
-        "small": Schedule((Phase(700, 60, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
-        "medium": Schedule((Phase(350, 40, 2e-3, 0.1, 1, 4, 50),), block_size=256, compile=True),
+        "target": Schedule((Phase(600, 40, 1e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "small": Schedule((Phase(300, 40, 2e-3, 0.1, 1, 4, 50),), block_size=256, compile=True),
+        "medium": Schedule((Phase(200, 40, 2e-3, 0.1, 1, 4, 50),), block_size=256, compile=True),
     },
     distillation=Schedule(
-        (Phase(250, 50, 2e-3, 0.1, 1, 4, 50), Phase(250, 20, 1e-3, 0.1, 1, 4, 50)), block_size=256, compile=True
+        (Phase(200, 40, 2e-3, 0.1, 1, 4, 50), Phase(200, 10, 1e-3, 0.1, 1, 4, 50)), block_size=256, compile=True
     ),
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=32, new_tokens=96, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4, passes="compiled"
+        n_prompts=32, prompt_tokens=32, new_tokens=64, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4, passes="compiled"
     ),
 )
 
@@ -149,7 +150,8 @@ _SEED = Profile(
         block_size=1024, evaluation_batches=64, compile=True,
     ),
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=8, passes="graphs"
+        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=8, passes="graphs",
+        draft_ids=8192,
     ),
 )  # fmt: skip
 

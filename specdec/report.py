@@ -189,6 +189,8 @@ def readme_block() -> str:
         parts.append(_caveat(profile))
         if (results_dir() / profile / "headline.png").exists():
             parts.append(f"![headline figure](results/{profile}/headline.png)\n")
+        parts.append(_peers_table(profile))
+        parts.append(_recipes_table(profile))
         parts.append(_losing_cells(profile))
     return "\n".join(parts)
 
@@ -311,6 +313,41 @@ def _caveat(profile: str) -> str:
         f"{distinct[1]:.0%} at temperature 1), and a draft that follows a loop is easily right: the left column flatters. "
         f"On held-out text α at temperatures 0 and 1 is {rates}.\n"
     )
+
+
+def _peers_table(profile: str) -> str:
+    """Ours and transformers' on the same weights, each at its best setting."""
+    try:
+        peers = load(profile, "peers")
+    except ValueError:
+        return ""
+    cells = {(c["arm"].split(" k=")[0].removesuffix(" static cache"), c["temperature"]): c
+             for c in peers["values"]["cells"] if c["part"] == "final"}  # fmt: skip
+    ratios, version = peers["values"]["ours_by_theirs"], peers["params"]["transformers"]
+    lines = [
+        f"The same weights in transformers {version}, in turns with ours, each side at its best setting "
+        f"({peers['params']['draft']} draft; `make peers`):", "",
+        "| | temperature | ours, tokens/s | transformers, tokens/s | ours ÷ theirs |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    names = {"alone": "target alone", "draft": "with the draft", "lookup": "prompt lookup"}
+    for kind, by_temperature in ratios.items():
+        for key, ratio in by_temperature.items():
+            t = float(key.removeprefix("T"))
+            ours, theirs = (cells[f"{side} {kind}", t]["tokens_per_second"] for side in ("ours", "transformers"))
+            lines.append(f"| {names[kind]} | {t:g} | {ours:.0f} | {theirs:.0f} "
+                         f"| {ratio['value']:.2f}× [{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}] |")  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def _recipes_table(profile: str) -> str:
+    rows = load_rows(profile, "recipes")
+    if not rows:
+        return ""
+    columns = [name for name in rows[0] if "T =" in name]
+    lines = ["What a draft may learn from, in equal steps, and the α that it reaches (`make distill`):", "",
+             "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+    lines += [f"| {row['recipe']} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for row in rows]
+    return "\n".join([*lines, ""])
 
 
 def _losing_cells(profile: str) -> str:

@@ -223,7 +223,7 @@ def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_wi
 def measure(models: dict[str, Transformer], data: TokenData, settings, device: str | torch.device) -> bench.Benchmark:
     """All drafts and prompt lookup on that device."""
     here = {name: model.to(device) for name, model in models.items()}
-    target, drafters, alone = bench.equip(here, settings)
+    target, drafters, alone = bench.equip(here, settings, data)
     drafters["lookup"] = PromptLookup(target.config.n_ids, device=target.device)
     return bench.run(target, drafters, alone, data, settings)
 

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 from .bench import clock
-from .inference import ready
+from .inference import FixedShapes, ready
 from .model import ModelConfig, Transformer
-from .profiles import BenchConfig
+from .profiles import Profile, get_profile
 from .sampling import Randomness, Sampling
+
+
+Model = Transformer | FixedShapes
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,15 @@ def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int
 
 @torch.inference_mode()
 def measure_steps(
-    models: dict[str, Transformer], config: BenchConfig, *, length: int = 64, rows: tuple[int, ...] = (2, 3, 5, 9),
-    repeats: int = 24, bandwidth: float | None = None,
+    fast: dict[str, Model], *, length: int = 64, rows: tuple[int, ...] = (2, 3, 5, 9), repeats: int = 24,
+    bandwidth: float | None = None,
 ) -> list[Step]:  # fmt: skip
-    """A `Step` of every model after ``length`` tokens, timed in turns."""
+    """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns."""
     out, work, caches, timings = [], {}, {}, {}
-    fast = {name: ready(model, config.dtype, config.passes) for name, model in models.items()}
     device = next(iter(fast.values())).device
     bandwidth = bandwidth or read_bandwidth(device)
     randomness, sampling = Randomness(0, device), Sampling()
-    ids = torch.zeros(1, max(length, *rows), dtype=torch.long, device=device)
+    ids = torch.zeros(1, max((length, *rows)), dtype=torch.long, device=device)
 
     def step(model, cache, m):
         logits = model(ids[:, :m], cache)[0, :, : model.config.n_ids]
@@ -93,9 +95,8 @@ def measure_steps(
 
 
 @torch.inference_mode()
-def seconds_by_length(model: Transformer, config: BenchConfig, lengths: list[int], repeats: int = 12) -> dict[int, float]:
-    """Median seconds of one decoding step after so many tokens: flat, but for attention itself."""
-    fast = ready(model, config.dtype, config.passes)
+def seconds_by_length(fast: Model, lengths: list[int], repeats: int = 12) -> dict[int, float]:
+    """Median seconds of one decoding step after so many tokens, of a model made ready: flat, but for attention itself."""
     cache, randomness, sampling = fast.new_cache(), Randomness(0, fast.device), Sampling()
     ids = torch.zeros(1, max(lengths), dtype=torch.long, device=fast.device)
     fast(ids[:, : max(lengths) - 1], cache)  # every row is there; a shorter text is the same cache cut short
@@ -108,6 +109,21 @@ def seconds_by_length(model: Transformer, config: BenchConfig, lengths: list[int
             if i >= 3:
                 timings[n].append(clock() - began)
     return {n: float(np.median(values)) for n, values in timings.items()}
+
+
+def survey(profile: Profile, large: str = "seed", fast: dict[str, Model] | None = None) -> list[dict]:
+    """Rows of `as_rows` for the models of ``profile`` (``fast``, if they are ready already) and of the profile ``large``.
+
+    Random weights do. The large ones run eagerly: what compiling saves is little beside their products, and takes minutes.
+    """
+    bandwidth, rows = read_bandwidth(), []
+    groups = [(profile.name, profile.bench.passes, fast)] + [(large, "eager", None)] * (large != profile.name)
+    for name, passes, models in groups:
+        configs = get_profile(name).models
+        models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
+        steps = measure_steps(models, bandwidth=bandwidth)
+        rows += [{"sizes": name, "passes": passes, "bandwidth": bandwidth} | row for row in as_rows(steps)]
+    return rows
 
 
 def as_rows(steps: list[Step]) -> list[dict]:

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import make_model
 
 from specdec import bench, theory
-from specdec.drafting import DraftModel
-from specdec.engine import Round, Trace
+from specdec.drafting import DraftModel, frequent_ids
+from specdec.engine import Round, Trace, speculate
 from specdec.profiles import BenchConfig
 from specdec.sampling import Randomness, Sampling
 
@@ -77,3 +80,36 @@ def test_costs_are_positive_and_caches_are_left_alone(pair):
 def test_r_squared_is_of_the_prediction_itself():
     assert bench.r_squared([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1
     assert bench.r_squared([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) < 0  # perfectly correlated, and wrong
+
+
+class TestGreedyTies:
+    def test_nothing_parts_in_float64(self):
+        target, draft = make_model(2, 16, 1), make_model(1, 8, 2)
+        ties = bench.greedy_ties(target, DraftModel(draft), [[1], [2, 3]], k=3, new_tokens=12)
+        assert (ties.tokens, ties.texts, ties.parted, ties.near) == (24, 2, 0, 0) and ties.floor < 1e-10
+
+    def test_a_pass_that_computes_something_else_is_seen(self):
+        target, draft = make_model(2, 16, 1), make_model(1, 8, 2)
+
+        class Noisy:
+            """Several rows together come out differently."""
+
+            config, device, new_cache = target.config, target.device, target.new_cache
+
+            def __call__(self, ids, cache):
+                return target(ids, cache) * (1 if ids.shape[1] == 1 else -1)
+
+        ties = bench.greedy_ties(Noisy(), DraftModel(draft), [[1], [2]], k=3, new_tokens=12)
+        assert ties.parted == 2 and ties.floor > 1 and 0 < ties.largest < ties.floor
+
+
+@pytest.mark.parametrize("passes", ["eager", "graphs"])
+def test_drafters_offer_as_many_ids_as_the_settings_say(toy_data, passes):
+    shape = dict(vocab_size=257, n_ids=257, context=64)
+    models = {"target": make_model(2, 16, 1, **shape), "small": make_model(1, 8, 2, **shape)}
+    config = replace(CONFIG, dtype="float64", passes=passes, draft_ids=10)
+    target, drafters, alone = bench.equip(models, config, toy_data)
+    trace = Trace()
+    list(speculate(target, [1, 2], drafter=drafters["small"], k=2, max_new_tokens=40, trace=trace))
+    assert {x for r in trace.rounds for x in r.drafted} <= set(frequent_ids(toy_data, 10).tolist())
+    assert alone["small"](torch.tensor([[1]]), alone["small"].new_cache()).shape[-1] == 257  # arm B is the whole model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from specdec.drafting import CapturedDraftModel, DraftModel, frequent_ids
+from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, DraftModel, frequent_ids
 from specdec.engine import Trace, generate, speculate
 from specdec.inference import EXACT_ROWS, PASSES, Captured, FixedShapes, ready, trimmed
 from specdec.profiles import get_profile
@@ -129,6 +129,20 @@ def test_trimming_keeps_the_logits_of_what_it_keeps(pair):
     text = torch.tensor([[1, 2, 4]])
     torch.testing.assert_close(trimmed(pair[1], ids)(text), pair[1](text)[..., ids])
     assert pair[1].head.weight.shape[0] == 8  # the model itself is as it was
+
+
+def test_an_adaptive_draft_looks_at_q_alone(pair):
+    target, draft = pair
+    always, never = (texts(target, AdaptiveDraftModel(draft, least=least), k=4) for least in (0, 1))
+    assert always == texts(target, DraftModel(draft), k=4)
+    assert {len(drafted) for _, rounds in never for drafted, _ in rounds} <= {0, 1}
+    trace = Trace(keep_probs=True)
+    list(speculate(target, [1], drafter=AdaptiveDraftModel(draft, least=0.3), k=4, max_new_tokens=14, trace=trace))
+    for r in trace.rounds[:-3]:
+        sure = r.draft_probs.amax(-1).cumprod(0)
+        assert (sure[:-1] >= 0.3).all() and (len(r.drafted) == 4 or sure[-1] < 0.3)
+    with pytest.raises(ValueError, match="give a probability"):
+        AdaptiveDraftModel(draft, least=1.5)
 
 
 def test_ids_that_no_tokenizer_has_are_refused(pair):

@@ -13,7 +13,7 @@ from mistakes import MISTAKES, Hole, Untruncated, untruncated
 from oracle import engine_law, own_law, total_variation
 from uncached import Uncached, differences
 
-from specdec.drafting import DraftModel, PromptLookup
+from specdec.drafting import AdaptiveDraftModel, DraftModel, PromptLookup
 from specdec.engine import Trace, generate, speculate
 from specdec.inference import ready, trimmed
 from specdec.sampling import RULES, Randomness, Sampling
@@ -101,7 +101,7 @@ def test_other_drafters(proof, rule, k):
     fewer = torch.tensor([1, 2])  # q is zero at id 0
     drafters = {
         "a draft of fewer ids": DraftModel(trimmed(draft, fewer), fewer), "prompt lookup": PromptLookup(V),
-        "the target as its draft": DraftModel(target),
+        "the target as its draft": DraftModel(target), "a draft that stops when unsure": AdaptiveDraftModel(draft, least=0.5),
     }  # fmt: skip
     for name, drafter in drafters.items():
         compare(proof, name, drafter, target, k, 4 if name == "prompt lookup" else 3, rule=rule)

@@ -14,9 +14,11 @@ from chisquare import ALARM, LEAST, ChiSquare, cells, critical, tail
 from mistakes import Hole
 from uncached import Uncached, differences
 
+from specdec.bench import greedy_ties
 from specdec.data import held_out_prompts
 from specdec.drafting import DraftModel
 from specdec.engine import Trace, speculate
+from specdec.inference import ready
 from specdec.sampling import RULES, Randomness, Sampling, block, token_wise
 
 V, N = 50_304, 20_000  # ids; rounds of a test
@@ -222,6 +224,22 @@ def test_cached_rows_of_the_trained_pair(proof, trained):
     proof.check("cached against uncached, trained pair", "largest difference of a row of p or q, float32", largest, 1e-3, n)
     different, _ = differences(zip(found["hole"], found["plain"]))
     proof.control("the draft's last token never fed, trained pair", "rounds decided differently", different, 0, n)
+
+
+GREEDY = "largest top-two margin at which a greedy text parted ÷ noise floor"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_greedy_texts_of_the_trained_pair(proof, trained, dtype):
+    """They part only where rounding decides, and in the exact mode nowhere."""
+    target, draft, data = trained
+    prompts, drafter = held_out_prompts(data, 6, 24), DraftModel(ready(draft, dtype))
+    ties = greedy_ties(ready(target, dtype), drafter, prompts, k=K, new_tokens=48)
+    figure = ties.largest / ties.floor if ties.floor else 0.0
+    proof.check(f"greedy texts, trained pair, {dtype}", GREEDY, figure, 1, ties.tokens)
+    exact = greedy_ties(ready(target, dtype, exact=True), drafter, prompts, k=K, new_tokens=48)
+    proof.check(f"exact passes, trained pair, {dtype}", "greedy texts that parted", exact.parted, 0, exact.tokens)
+    proof.check(f"exact passes, trained pair, {dtype}", "change of a margin with the rows read together", exact.floor, 0, exact.tokens)
 
 
 # The test of the tests
