@@ -111,7 +111,8 @@ class ChiSquare:
 
     def contaminated(self, probs, delta: float) -> np.ndarray:
         """``probs`` moved by the total variation ``delta`` in the direction that is hardest to see."""
-        probs = np.asarray(probs, dtype=np.float64) / np.sum(probs)
+        probs = np.asarray(probs, dtype=np.float64)
+        probs = probs / probs.sum()
         mass, half = [0.0, 0.0], np.zeros(len(self.meant), dtype=int)
         for i in np.argsort(-self.meant, kind="stable"):  # each cell to the half that is lighter so far
             half[i] = mass[0] > mass[1]

@@ -114,6 +114,17 @@ def pytest_addoption(parser):
     parser.addoption("--record-proof", action="store_true", help="write the table of the proof into results/<profile>/")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: takes long; runs when the proof is recorded (`make proof`)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--record-proof"):
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="thorough; `make proof` runs it"))
+
+
 def pytest_sessionfinish(session, exitstatus):
     """Only a run in which nothing failed leaves a record."""
     if not session.config.getoption("--record-proof") or exitstatus:

@@ -54,11 +54,12 @@ def test_joint_law_of_several_rounds(proof, rule, name):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.thorough), pytest.param(3, marks=pytest.mark.thorough)])
 def test_longer_texts(proof, rule, k):
     target, draft = models()
-    compare(proof, "T = 1", DraftModel(draft), target, k, 4, rule=rule)
-    compare(proof, "top-k 2", DraftModel(draft), target, k, 5, rule=rule, sampling=Sampling(top_k=2))
+    if k < 3:  # a million branches, otherwise
+        compare(proof, "T = 1", DraftModel(draft), target, k, 4, rule=rule)
+    compare(proof, "top-k 2", DraftModel(draft), target, k, 5 if k < 3 else 4, rule=rule, sampling=Sampling(top_k=2))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -79,8 +80,9 @@ def test_every_coin_by_itself(proof, rule):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_stop_token_inside_a_block(proof, rule, k):
     target, draft = models()
-    exact = compare(proof, "stop token", DraftModel(draft), target, k, 4, rule=rule, stop=(2,))
-    assert {len(text) for text in exact} == {1, 2, 3, 4}
+    n = 4 if k < 3 else 3
+    exact = compare(proof, "stop token", DraftModel(draft), target, k, n, rule=rule, stop=(2,))
+    assert {len(text) for text in exact} == set(range(1, n + 1))
     both = Sampling(1.7, 2, 0.9)
     compare(proof, "stop token, filtered", DraftModel(draft), target, k, 4, rule=rule, stop=(0, 2), sampling=both)
 
