@@ -38,7 +38,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
 
 .PHONY: reproduce
-reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (40 min)
+reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (48 min)
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
 endif
@@ -64,7 +64,7 @@ build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb | $(VENV)/.done
 # What proves that nothing is lost, once more with the trained pair.
 PROOF := $(addprefix tests/test_,lossless.py statistics.py edges.py sampling.py engine.py soak.py)
 .PHONY: proof
-proof: $(VENV)/.done ## every check and every deliberate mistake of losslessness as a table in results/ (3 min)
+proof: $(VENV)/.done ## every check and every deliberate mistake of losslessness as a table in results/ (8 min)
 	SPECDEC_PROFILE=$(PROFILE) $(BIN)/python -m pytest $(PROOF) --record-proof
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
@@ -94,7 +94,7 @@ seed-gpu: $(VENV)/.done ## the seed's sizes on one GPU, unattended, in MINUTES=2
 	$(BIN)/python -m specdec reproduce --profile seed --minutes $(MINUTES) $(if $(DATA),--data "$(DATA)")
 
 .PHONY: test
-test: $(VENV)/.done ## the tests and every notebook in the ci profile (5 min)
+test: $(VENV)/.done ## the tests and every notebook in the ci profile (12 min)
 	$(BIN)/python -m pytest tests --durations=5
 	SPECDEC_PROFILE=ci SPECDEC_BUILD=$(CURDIR)/build/test SPECDEC_RESULTS=$(CURDIR)/build/test/results \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks

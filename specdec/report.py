@@ -185,7 +185,7 @@ def readme_block() -> str:
         if not path.exists():
             parts.append("Not measured yet.\n")
             continue
-        parts.append(_headline_tables(json.loads(path.read_text())))
+        parts.append(_headline_tables(json.loads(path.read_text()), _data_type(profile)))
         parts.append(_caveat(profile))
         if (results_dir() / profile / "headline.png").exists():
             parts.append(f"![headline figure](results/{profile}/headline.png)\n")
@@ -256,7 +256,15 @@ def _short(value: float) -> str:
     return f"{value:.2g}" if abs(value) < 0.01 or abs(value) >= 1e6 else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _headline_tables(h: dict) -> str:
+def _data_type(profile: str) -> str:
+    """In what numbers the models decoded, as the roofline found them; empty if it was not measured."""
+    try:
+        return f", weights in {load(profile, 'roofline')['values']['steps'][0]['dtype']}"
+    except (ValueError, KeyError):
+        return ""
+
+
+def _headline_tables(h: dict, data_type: str = "") -> str:
     def speed(cell):
         if cell["value"] is None:
             return "not measured yet"
@@ -295,7 +303,7 @@ def _headline_tables(h: dict) -> str:
         ]
     if h["provenance"]:
         p = h["provenance"]
-        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}.", ""]
+        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{data_type}.", ""]
     return "\n".join(lines)
 
 

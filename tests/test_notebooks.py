@@ -1,13 +1,17 @@
 """What keeps the notebooks honest: checked parameters, committed outputs, house rules."""
 
 import ast
+import base64
 import re
+from io import BytesIO
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 
-from specdec.notebooks import main, parameters, refresh, run
+from specdec.notebooks import main, parameters, refresh, run, smaller
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -109,3 +113,19 @@ def test_refresh_copies_outputs_and_no_traces(tmp_path):
     nbformat.write(notebook, source / "a.ipynb")
     with pytest.raises(ValueError, match="has changed since"):
         refresh(executed, source)
+
+
+def test_inline_figures_shrink_and_stay_the_same_picture():
+    from PIL import Image
+
+    figure, axis = plt.subplots(figsize=(4, 3))
+    axis.plot([1, 3, 2], "o-")
+    axis.set(xlabel="x", ylabel="y")
+    raw = BytesIO()
+    figure.savefig(raw, format="png")
+    plt.close(figure)
+    before = base64.b64encode(raw.getvalue()).decode()
+    after = smaller(before)
+    assert len(after) < len(before) and len(smaller(after)) <= len(after)
+    a, b = (np.asarray(Image.open(BytesIO(base64.b64decode(x))).convert("RGB")).astype(int) for x in (before, after))
+    assert a.shape == b.shape and np.abs(a - b).mean() < 1
