@@ -140,8 +140,7 @@ def test_fast_paths_keep_the_law(proof, rule, name):
     """In bfloat16 too: there the target's law is what its own passes compute, rounding included."""
     dtype, options, bound = FAST[name]
     target, draft = models()
-    passes = options.get("passes", "eager")
-    fast, drafter = ready(target, dtype, **options), DraftModel(ready(draft, dtype, passes))
+    fast, drafter = ready(target, dtype, **options), DraftModel(ready(draft, dtype))
     law, exact = engine_law(fast, drafter, PROMPT, k=2, n=3, rule=RULES[rule]), law_of_passes(fast, PROMPT, 3)
     what = "total variation of joint laws" + ("" if bound == EXACT else ", float32 probabilities")
     proof.check(f"{name}, {rule}, k = 2, 3 tokens", what, total_variation(law, exact), bound, len(exact))
