@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
                      "of the profile's and, with random weights, of the seed's sizes")  # fmt: skip
     sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
     sub.add_argument("--draft", default="small", help="with --peers: small, medium or distilled (default: small)")
+    sub.add_argument("--prompts", type=int, help="with --peers: how many prompts the best settings meet (default: the profile's)")
 
     sub = command(
         "export", run_export, "write a trained model as a Hugging Face folder, with its tokenizer and model card",
@@ -226,7 +228,8 @@ def run_roofline(options) -> None:
 def run_peers(options) -> None:
     profile, library, began = get_profile(options.profile), peers.transformers(), time.perf_counter()
     target, draft = model_named(profile, "target"), model_named(profile, options.draft)
-    result = peers.compare(target, draft, tokens_for(profile), profile.bench)
+    bench_config = replace(profile.bench, n_prompts=options.prompts or profile.bench.n_prompts)
+    result = peers.compare(target, draft, tokens_for(profile), bench_config)
     print(f"{'arm, each side at its best':34s} {'T':>3s} {'tokens/s':>9s} {'÷ ours alone':>12s} {'tokens per target pass':>23s}")
     for cell in (c for c in result.cells if c["part"] == "final"):
         print(f"{cell['arm']:34s} {cell['temperature']:3g} {cell['tokens_per_second']:9.1f} {cell['speedup']:11.2f}× "
@@ -235,7 +238,7 @@ def run_peers(options) -> None:
         for temperature, ratio in ratios.items():
             low, high = ratio["ci95"]
             print(f"ours ÷ transformers {library.__version__}, {kind}, {temperature}: {ratio['value']:.2f} [{low:.2f}, {high:.2f}]")
-    settings = {key: getattr(profile.bench, key) for key in ("n_prompts", "new_tokens", "ks", "dtype", "passes")}
+    settings = {key: getattr(bench_config, key) for key in ("n_prompts", "new_tokens", "ks", "dtype", "passes")}
     report.record(
         profile.name, "peers", params=settings | {"draft": options.draft, "transformers": library.__version__},
         values={"ours_by_theirs": result.ratios, "cells": result.cells}, rows=result.rows,
