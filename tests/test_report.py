@@ -93,3 +93,17 @@ def test_the_proof_is_a_table_and_a_paragraph(results):
     assert "| always accept | total variation | 0.3 | 0.0001 |" in block
     report.record_proof("cpu", [row | {"figure": 1e-6} for row in rows], params={})
     assert "found 2 of 2 figures outside" in report.proof_block() and "1 passed unnoticed" in report.proof_block()
+
+
+def test_peers_and_recipes_are_shown_once_they_are_recorded():
+    report.update_headline("cpu", c=0.1)
+    assert "transformers" not in report.readme_block() and "recipe" not in report.readme_block()
+    arms = {"ours alone": 100, "transformers alone static cache": 50, "ours draft k=4": 200, "transformers draft": 40}
+    cells = [{"arm": arm, "temperature": 1.0, "part": "final", "tokens_per_second": s} for arm, s in arms.items()]
+    ratios = {"alone": {"T1": {"value": 2.0, "ci95": [1.9, 2.1]}}, "draft": {"T1": {"value": 5.0, "ci95": [4.5, 5.5]}}}
+    report.record("cpu", "peers", params={"draft": "distilled", "transformers": "5.0"}, values={"ours_by_theirs": ratios, "cells": cells})
+    report.record("cpu", "recipes", params={}, values={}, rows=[{"recipe": "control", "role": "small", "text, T = 1": 0.5}])
+    block = report.readme_block()
+    assert "| target alone | 1 | 100 | 50 | 2.00× [1.90, 2.10] |" in block
+    assert "| with the draft | 1 | 200 | 40 | 5.00× [4.50, 5.50] |" in block
+    assert "| control | 0.500 |" in block
