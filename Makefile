@@ -51,7 +51,7 @@ $(call run,02_model_and_training): $(GROUND) $(call run,01_data)
 $(call run,03_speculative_decoding): $(ENGINE) $(call run,02_model_and_training)
 $(call run,04_losslessness): $(ENGINE) $(call run,02_model_and_training) build/$(PROFILE)/proved
 $(call run,05_kv_cache_rollback): $(ENGINE) $(call run,02_model_and_training)
-$(call run,06_benchmark): $(ENGINE) $(addprefix specdec/,distill.py roofline.py) $(call run,02_model_and_training)
+$(call run,06_benchmark): $(ENGINE) $(addprefix specdec/,distill.py roofline.py reproduce.py) $(call run,02_model_and_training)
 $(call run,07_distillation): $(ENGINE) specdec/distill.py $(call run,06_benchmark)
 
 # Notebooks measure, so they never run side by side.
@@ -73,6 +73,13 @@ endif
 build/$(PROFILE)/proved: $(ENGINE) $(wildcard tests/*.py) $(call run,02_model_and_training)
 	@$(MAKE) --no-print-directory proof
 	@touch $@
+
+.PHONY: roofline
+roofline: $(VENV)/.done ## a step of every model, compiled, beside the floor that memory sets, the seed's sizes too (5 min)
+	$(BIN)/python -m specdec bench --profile $(PROFILE) --roofline
+ifeq ($(PROFILE),cpu)
+	@$(BIN)/python -m specdec.report
+endif
 
 .PHONY: soak
 soak: $(VENV)/.done ## the same on random models, laws and settings, SOAK_MINUTES=10 (10 min)

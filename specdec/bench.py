@@ -112,6 +112,25 @@ def acceptance_by_position(traces: list[Trace], k: int) -> list[float]:
     return [p / max(1, n) for p, n in zip(passed, reached)]
 
 
+def acceptance_of_wanted(traces: dict[int, list[Trace]]) -> tuple[list[float], list[int]]:
+    """What a prediction needs, from traces by k: αᵢ for i up to the largest k, and lengths of proposals.
+
+    A draft that was wanted but not proposed counts as refused: prompt lookup often finds fewer than k tokens, or none.
+    Not wanted is only what the end of the text leaves no room for. The lengths are of the proposals in rounds that had
+    room for the largest k.
+    """
+    k_max = max(traces)
+    reached, passed, lengths = [0] * k_max, [0] * k_max, []
+    for k, trace, r in ((k, t, r) for k, ts in traces.items() for t in ts for r in t.rounds):
+        wanted = min(k, len(trace.prompt) + len(trace.tokens) - r.start - 1)
+        for i in range(min(wanted, r.accepted + 1)):
+            reached[i] += 1
+            passed[i] += r.accepted > i
+        if wanted == k_max:
+            lengths.append(len(r.drafted))
+    return [p / max(1, n) for p, n in zip(passed, reached)], lengths
+
+
 def alpha(traces: list[Trace]) -> float:
     """Mean overlap Σ min(p, q) over the examined positions of traces that kept their probabilities."""
     overlaps = []
@@ -175,6 +194,11 @@ class Costs:
     def verify(self, m: int) -> float:
         """v(m), interpolated between the measured m."""
         return float(np.interp(m, list(self.v), list(self.v.values())))
+
+
+def mean_verify(costs: Costs, lengths: list[int], m: int) -> float:
+    """v(m) of a drafter whose proposals are sometimes shorter than the m − 1 tokens that it was asked for."""
+    return float(np.mean([costs.verify(min(m, n + 1)) for n in lengths]))
 
 
 Timings = dict[str | int, list[float]]  # seconds of "target", "draft", "decide" and, by its rows, of the verifying pass
@@ -295,13 +319,16 @@ def run(
         for name, drafter in drafters.items():
             key, n = f"{name} {tag}", config.new_tokens
             costs = out.costs[key] = costs_of(time_parts(target, drafter, sweep[0] * 2, sampling, k_max, timings=timings[name]))
-            rounds = [trace for k in config.ks for trace in traces[f"C {name} k={k}"]]
-            alphas = out.by_position[key] = acceptance_by_position(rounds, k_max)
+            by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
+            rounds = [trace for k in config.ks for trace in by_k[k]]
+            out.by_position[key] = acceptance_by_position(rounds, k_max)
+            alphas, lengths = acceptance_of_wanted(by_k)
+            verify = partial(mean_verify, costs, lengths or [k_max])
             out.alpha[key] = alpha(kept_probs(target, drafter, sweep, k_max, config, sampling))
             prefill_steps = np.mean([t.seconds["prefill"] for t in rounds]) / costs.step_seconds
             table = {k: cell(rows, f"C {name} k={k}", "A") for k in config.ks}
             for k, line in table.items():
-                cost = theory.text_cost(n, alphas, k, costs.c, costs.verify, costs.o)
+                cost = theory.text_cost(n, alphas, k, costs.c, verify, costs.o)
                 predicted = (prefill_steps + n) / (prefill_steps + cost)
                 line |= {"draft": name, "temperature": temperature, "k": k, "predicted": predicted}
             best = max(table, key=lambda k: table[k]["speedup"])

@@ -10,7 +10,7 @@ from functools import partial
 from types import FunctionType
 
 import torch
-import torch._inductor.config
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import KVCache, Rows, Transformer
@@ -19,6 +19,9 @@ from .train import can_compile, compiled, has_bf16
 PASSES = ("eager", "compiled", "graphs")
 EXACT_ROWS = 16  # an exact model computes every short pass as this many rows, so k is at most 15
 SHORT = EXACT_ROWS + 1  # passes over more tokens are prefill, and run as they are
+COMPILED = (1, 2, 3, 5, 9)  # rows of the compiled programs, some ten seconds of compiling each; k is best at most 8
+FEW_QUERIES = 8  # up to so many, attention is compiled with the rest
+ONE_CORE = 8 << 20  # bytes of weights that one core has read before a second one is awake
 
 
 class PackedLinear(nn.Module):
@@ -38,15 +41,50 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
+class StreamedLinear(nn.Module):
+    """A Linear for the compiler and few rows: each weight is loaded once and multiplied with every row while it is there.
+
+    Decoding is as fast as memory delivers the weights. Library products of so few rows reach a third of that speed on
+    some machines; these sums come close to it, and one row or five take nearly the same time.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)  # (N, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = stored(x.reshape(-1, x.shape[-1]))  # (B·T, C)
+        products = [(self.weight * row).sum(-1) for row in rows.unbind(0)]  # the compiler makes one loop of them
+        return torch.stack(products).view(*x.shape[:-1], -1)
+
+
+def streamed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    """Attention of few queries (B, K, R, D), as one token has them, in plain sums that the compiler fuses with what is
+    around them. A call of the library's takes longer than its work; it is worth it for more queries."""
+    if q.shape[2] > FEW_QUERIES:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    q = stored(q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5)
+    scores = (q[:, :, :, None] * k[:, :, None]).sum(-1)  # (B, K, R, S)
+    probs = stored(scores.masked_fill(~attn_mask, -torch.inf).softmax(-1))
+    return (probs[..., None] * v[:, :, None]).sum(-2).to(v.dtype)  # (B, K, R, D)
+
+
+def stored(x: Tensor) -> Tensor:
+    """``x``, kept in memory: the compiler would otherwise compute it again for each of the sums that read it."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
 def ready(
     model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "eager", exact: bool = False
 ) -> "Transformer | FixedShapes":
     """A copy of ``model`` for decoding, called like the model itself.
 
     ``dtype`` "auto" is bfloat16 where the machine multiplies it natively. ``passes`` says how short passes run:
-    "eager"; "compiled" by torch.compile, after some seconds for each number of rows; as CUDA "graphs", which on a CPU
-    is the same code without the capturing. ``exact``: a token's logits are the same bits however many tokens are read
-    with it, so that greedy text does not depend on whether a draft helped; a pass costs what one over 16 rows costs.
+    "eager"; "compiled" by torch.compile, after some ten seconds for each number of rows; as CUDA "graphs", which on a
+    CPU is the same code without the capturing. ``exact``: a token's logits are the same bits however many tokens are
+    read with it, so that greedy text does not depend on whether a draft helped; a pass costs what one over 16 rows
+    costs, and is not compiled.
     """
     if passes not in PASSES:
         raise ValueError(f"passes is {passes!r}; choose {', '.join(PASSES)}.")
@@ -56,16 +94,15 @@ def ready(
         dtype = torch.bfloat16 if has_bf16(model.device) else torch.float32
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    model = plain = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
+    model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
+    short = copy.deepcopy(model) if passes == "compiled" else None  # what short passes are compiled from
     if can_pack(dtype, model.device):
-        if passes == "compiled" and dtype == torch.bfloat16:
-            plain = copy.deepcopy(model)  # the compiler lays these weights out itself, float32 ones not well
         pack(model)
+    if short is not None and not exact:
+        return CompiledShapes(model, stream(short) if short.device.type == "cpu" else short)
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))
     if passes == "graphs":
         return CapturedShapes(model, model.forward_at, sizes)
-    if passes == "compiled":
-        return CompiledShapes(model, plain, sizes)
     return FixedShapes(model, model.forward_at, sizes) if exact else model
 
 
@@ -76,13 +113,21 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16())
 
 
-def pack(module: nn.Module) -> None:
-    """Replace every Linear under ``module`` by its packed form."""
+def pack(module: nn.Module, kind: type[nn.Module] = PackedLinear) -> None:
+    """Replace every Linear under ``module`` by its packed form, or by that ``kind`` of it."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear) and child.bias is None:
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, kind(child))
         else:
-            pack(child)
+            pack(child, kind)
+
+
+def stream(model: Transformer) -> Transformer:
+    """``model`` written in sums, for the compiler."""
+    pack(model, StreamedLinear)
+    for block in model.blocks:
+        block.attention.attend = streamed_attention
+    return model
 
 
 def trimmed(model: Transformer, ids: Tensor) -> Transformer:
@@ -129,12 +174,17 @@ class FixedShapes:
 
 
 class CompiledShapes(FixedShapes):
-    """Fixed shapes through torch.compile: one program for one row, one for any number of them. ``plain`` is the model
-    that is compiled, its weights as constants ("freezing")."""
+    """Short passes through torch.compile, one program for each of a few numbers of rows. ``short`` is the model that is
+    compiled, ``model`` the same one as it reads a prompt."""
 
-    def __init__(self, model: Transformer, plain: Transformer, sizes: tuple[int, ...]):
-        super().__init__(model, plain.forward_at, sizes)
-        self.programs: dict[bool, Callable] = {}
+    def __init__(self, model: Transformer, short: Transformer, sizes: tuple[int, ...] = COMPILED):
+        super().__init__(model, short.forward_at, sizes)
+        self.programs: dict[int, Callable] = {}
+        self.options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        if self.device.type == "cpu":
+            self.options["cpp_wrapper"] = True
+            if short.n_params(read_per_token=True) * self.dtype.itemsize <= ONE_CORE:
+                self.options["cpp.threads"] = 1
 
     def new_cache(self) -> KVCache:
         cache = super().new_cache()
@@ -143,15 +193,10 @@ class CompiledShapes(FixedShapes):
         return cache
 
     def read(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        several = ids.shape[1] > 1
-        if several in self.programs:
-            return self.programs[several](ids, positions, cache.k, cache.v)
-        if several:
-            torch._dynamo.mark_dynamic(ids, 1)
-            torch._dynamo.mark_dynamic(positions, 0)
-        self.programs[several] = self.program()
-        with torch._inductor.config.patch(freezing=True):  # looked at when a program is made, and not later
-            return self.programs[several](ids, positions, cache.k, cache.v)
+        rows = ids.shape[1]
+        if rows not in self.programs:
+            self.programs[rows] = self.program()
+        return self.programs[rows](ids, positions, cache.k, cache.v)
 
     def program(self) -> Callable:
         """A function that torch.compile knows nothing of yet. It keeps its programs by code object, and looks through
@@ -161,10 +206,7 @@ class CompiledShapes(FixedShapes):
             return self.forward_at(ids, positions, keys, values)
 
         alone = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        if self.device.type == "cpu":
-            options["cpp_wrapper"] = True
-        return compiled(alone, self.device, options=options)
+        return compiled(alone, self.device, dynamic=False, options=self.options)
 
 
 class CapturedShapes(FixedShapes):

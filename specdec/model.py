@@ -77,6 +77,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    attend = staticmethod(F.scaled_dot_product_attention)  # over a cache; decoding may know a faster way to the same
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_size = config.n_heads, config.n_kv_heads, config.head_size
@@ -97,8 +99,7 @@ class Attention(nn.Module):
             k, v = keys[:, :, :end], values[:, :, :end]
             # the queries that share a key-value head become rows of one product: nothing is copied, and for one
             # token it is several times faster than the library's own grouping
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, attn_mask=mask)
-            y = y.view(B, H, T, D)
+            y = self.attend(q.reshape(B, K, H // K * T, D), k, v, attn_mask=mask).view(B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -97,13 +97,13 @@ _CI = Profile(
     bench=BenchConfig(n_prompts=4, prompt_tokens=16, new_tokens=24, ks=(1, 2, 4), n_sweep_prompts=2),
 )
 
-# Depths and kv heads as in the seed, smaller widths, few large heads, which two cores train faster than many small ones,
+# Smaller than the seed, with few large heads, which two cores train faster than many small ones,
 # and a vocabulary that they can afford. Less than one pass over the text, so there is nothing for dropout to regularise.
 _CPU = Profile(
     name="cpu",
     data=DataConfig(source="sotu", n_merges=3839),  # 256 bytes + 3839 merges + 1 = 4096 ids
     models={
-        "target": ModelConfig(12, 4, 320, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
+        "target": ModelConfig(8, 4, 384, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
         "small": ModelConfig(2, 4, 128, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
         "medium": ModelConfig(6, 4, 256, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
     },

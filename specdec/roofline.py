@@ -3,6 +3,7 @@
 Random weights will do, because speed does not depend on what a model has learned. Nothing here plots or prints.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -58,10 +59,11 @@ def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int
 
 @torch.inference_mode()
 def measure_steps(
-    fast: dict[str, Model], *, length: int = 64, rows: tuple[int, ...] = (2, 3, 5, 9), repeats: int = 24,
-    bandwidth: float | None = None,
+    fast: dict[str, Model], *, length: int = 64, rows: tuple[int, ...] = (2, 5, 9), repeats: int = 24,
+    bandwidth: float | None = None, verifiers: Collection[str] = ("target",),
 ) -> list[Step]:  # fmt: skip
-    """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns."""
+    """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns; of ``verifiers`` also passes
+    over so many ``rows``, which drafts never make."""
     out, work, caches, timings = [], {}, {}, {}
     device = next(iter(fast.values())).device
     bandwidth = bandwidth or read_bandwidth(device)
@@ -76,7 +78,8 @@ def measure_steps(
     for name, model in fast.items():
         caches[name] = model.new_cache()
         model(ids[:, :length], caches[name])
-        work |= {(name, m): partial(step, model, caches[name], m) for m in (1, *rows)}
+        several = rows if name in verifiers else ()
+        work |= {(name, m): partial(step, model, caches[name], m) for m in (1, *several)}
     for i in range(repeats + 3):
         for (name, m), function in work.items():
             caches[name].truncate(length)
@@ -89,7 +92,7 @@ def measure_steps(
     for name, model in fast.items():
         one, size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
         read = bytes_per_token(model.config, length, size)
-        ratios = {m: median[name, m] / one for m in rows}
+        ratios = {m: seconds / one for (of, m), seconds in median.items() if of == name and m > 1}
         out.append(Step(name, str(model.dtype).removeprefix("torch."), read, read / bandwidth, one, ratios))
     return out
 
@@ -111,13 +114,15 @@ def seconds_by_length(fast: Model, lengths: list[int], repeats: int = 12) -> dic
     return {n: float(np.median(values)) for n, values in timings.items()}
 
 
-def survey(profile: Profile, large: str = "seed", fast: dict[str, Model] | None = None) -> list[dict]:
+def survey(
+    profile: Profile, large: str = "seed", fast: dict[str, Model] | None = None, large_passes: str = "eager"
+) -> list[dict]:
     """Rows of `as_rows` for the models of ``profile`` (``fast``, if they are ready already) and of the profile ``large``.
 
-    Random weights do. The large ones run eagerly: what compiling saves is little beside their products, and takes minutes.
+    Random weights do. To compile the large ones takes minutes.
     """
     bandwidth, rows = read_bandwidth(), []
-    groups = [(profile.name, profile.bench.passes, fast)] + [(large, "eager", None)] * (large != profile.name)
+    groups = [(profile.name, profile.bench.passes, fast)] + [(large, large_passes, None)] * (large != profile.name)
     for name, passes, models in groups:
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}

@@ -55,6 +55,27 @@ def test_counts_of_a_trace():
     assert theory.tokens_per_round([1.0, 0.5, 0.0]) == pytest.approx(counts["tokens"] / counts["rounds"])
 
 
+def test_a_wanted_draft_that_is_not_there_counts_as_refused():
+    trace = Trace(prompt=[7], tokens=[1, 2, 3, 4, 5, 6])
+    trace.rounds = [Round(1, [1], 1, [1, 2]), Round(3, [3, 4], 2, [3, 4, 5]), Round(6, [], 0, [6])]
+    alphas, lengths = bench.acceptance_of_wanted({2: [trace]})
+    assert alphas == [1.0, 0.5]  # the first round offered one of two; the last one had no room for any
+    assert lengths == [1, 2]
+    costs = bench.Costs(1.0, 0.0, {1: 1.0, 2: 1.2, 3: 1.6}, 0.0)
+    assert bench.mean_verify(costs, lengths, 3) == pytest.approx(1.4)
+    assert bench.mean_verify(costs, lengths, 2) == pytest.approx(1.2)
+
+
+def test_the_prediction_of_a_model_that_always_drafts_is_the_plain_one(pair):
+    traces = {}
+    for k in (1, 3):
+        traces[k] = [Trace() for _ in range(6)]
+        for seed, trace in enumerate(traces[k]):
+            bench.both(pair[0], DraftModel(pair[1]), k, CONFIG, Sampling())([1, 2], Randomness(seed), trace)
+    alphas, lengths = bench.acceptance_of_wanted(traces)
+    assert alphas == bench.acceptance_by_position(traces[1] + traces[3], 3) and set(lengths) == {3}
+
+
 def test_alpha_is_the_mean_overlap_where_the_rule_looked():
     p = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]])
     q = torch.tensor([[0.5, 0.5], [0.25, 0.75]])

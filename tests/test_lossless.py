@@ -61,6 +61,7 @@ def test_longer_texts(proof, rule, k):
     compare(proof, "top-k 2", DraftModel(draft), target, k, 5 if k < 3 else 4, rule=rule, sampling=Sampling(top_k=2))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", RULES)
 def test_larger_vocabularies(proof, rule):
     for n_ids, k, n in ((4, 2, 3), (5, 1, 3), (5, 2, 2)):
@@ -135,7 +136,7 @@ def law_of_passes(target, prompt, n):
 
 
 @pytest.mark.parametrize("rule", ["token-wise", pytest.param("block", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] * n.startswith("compiled")) for n in FAST])
 def test_fast_paths_keep_the_law(proof, rule, name):
     """In bfloat16 too: there the target's law is what its own passes compute, rounding included."""
     dtype, options, bound = FAST[name]
