@@ -1,15 +1,18 @@
 """Every fast path against the plain one: fixed shapes, captured drafts, trimmed output layers, exact passes."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_model
 
 from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, DraftModel, frequent_ids
 from specdec.engine import Trace, generate, speculate
-from specdec.inference import EXACT_ROWS, PASSES, Captured, FixedShapes, ready, trimmed
-from specdec.profiles import get_profile
+from specdec.inference import EXACT_ROWS, PASSES, Captured, CompiledShapes, FixedShapes, ready, stream, trimmed
 from specdec.model import Transformer
+from specdec.profiles import get_profile
 from specdec.sampling import RULES, Randomness, Sampling
+from specdec.train import can_compile
 
 
 def texts(target, drafter, seeds=range(8), prompt=(1, 0, 2), n=11, k=3, **options):
@@ -55,6 +58,35 @@ def test_repeating_the_last_token_changes_nothing(sizes):
     for start, end in ((0, 3), (3, 4), (4, 7), (7, 11), (11, 12)):
         torch.testing.assert_close(fixed(ids[:, start:end], other), model(ids[:, start:end], cache))
     assert other.length == cache.length == 12
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2}, {"n_heads": 4, "n_kv_heads": 1}])
+def test_a_model_written_in_sums_is_the_same_model(shape):
+    """One token, whose attention is in sums too, and several; what stands in the cache beyond the text does not matter."""
+    model = make_model(context=32, **shape)
+    short = stream(copy.deepcopy(model))
+    cache, other = model.new_cache(), model.new_cache()
+    other.k.normal_(), other.v.normal_()
+    ids = torch.randint(0, 5, (1, 14), generator=torch.Generator().manual_seed(0))
+    for start, end in ((0, 9), (9, 10), (10, 12), (12, 13), (13, 14)):
+        logits = model(ids[:, start:end], cache)
+        torch.testing.assert_close(short.forward_at(ids[:, start:end], torch.arange(start, end), other.k, other.v), logits)
+    torch.testing.assert_close(other.k[..., :14, :], cache.k[..., :14, :])
+
+
+@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+@torch.inference_mode()
+def test_compiled_passes_are_the_same_passes():
+    model = make_model(context=16, n_layers=1)
+    plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
+    assert isinstance(fast, CompiledShapes) and len(fast.sizes) < max(fast.sizes)
+    cache, other = plain.new_cache(), fast.new_cache()
+    ids = torch.randint(0, 5, (1, 16), generator=torch.Generator().manual_seed(2))
+    for start, end in ((0, 10), (10, 11), (11, 12), (12, 16)):  # a prompt, one token twice, four that run as five
+        torch.testing.assert_close(fast(ids[:, start:end], other), plain(ids[:, start:end], cache))
+        other.truncate(end - 1), cache.truncate(end - 1)  # rolled back and read again
+        torch.testing.assert_close(fast(ids[:, end - 1 : end], other), plain(ids[:, end - 1 : end], cache))
 
 
 @pytest.mark.parametrize("passes", [name for name in PASSES if name != "compiled"])
