@@ -52,8 +52,9 @@ def test_joint_law_of_several_rounds(proof, rule, name):
         compare(proof, name, DraftModel(draft), target, k, 3, rule=rule, sampling=SETTINGS[name])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.thorough), pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("k", [1, 2, 3])
 def test_longer_texts(proof, rule, k):
     target, draft = models()
     if k < 3:  # a million branches, otherwise

@@ -119,6 +119,7 @@ def test_mistakes_at_full_size_are_rejected(proof, name):
     reject_texts(proof, f"{name}, {V:,} ids", emitted(LARGE[name], p, q, N if name == SUBTLE else N // 4, seed=3), p)
 
 
+@pytest.mark.thorough
 def test_what_would_have_been_caught_is_caught(proof):
     """A target that is off by the total variation that the test claims to catch, through the real rule."""
     p, q = (law.double() for law in rows())
