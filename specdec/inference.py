@@ -95,10 +95,10 @@ def ready(
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
-    short = copy.deepcopy(model) if passes == "compiled" else None  # what short passes are compiled from
+    short = copy.deepcopy(model) if passes == "compiled" and not exact else None  # what short passes are compiled from
     if can_pack(dtype, model.device):
         pack(model)
-    if short is not None and not exact:
+    if short is not None:
         return CompiledShapes(model, stream(short) if short.device.type == "cpu" else short)
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))
     if passes == "graphs":

@@ -3,7 +3,6 @@
 Random weights will do, because speed does not depend on what a model has learned. Nothing here plots or prints.
 """
 
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -60,10 +59,10 @@ def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int
 @torch.inference_mode()
 def measure_steps(
     fast: dict[str, Model], *, length: int = 64, rows: tuple[int, ...] = (2, 5, 9), repeats: int = 24,
-    bandwidth: float | None = None, verifiers: Collection[str] = ("target",),
+    bandwidth: float | None = None,
 ) -> list[Step]:  # fmt: skip
-    """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns; of ``verifiers`` also passes
-    over so many ``rows``, which drafts never make."""
+    """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns; of the one named "target"
+    also passes over so many ``rows``, which drafts never make."""
     out, work, caches, timings = [], {}, {}, {}
     device = next(iter(fast.values())).device
     bandwidth = bandwidth or read_bandwidth(device)
@@ -78,7 +77,7 @@ def measure_steps(
     for name, model in fast.items():
         caches[name] = model.new_cache()
         model(ids[:, :length], caches[name])
-        several = rows if name in verifiers else ()
+        several = rows if name == "target" else ()
         work |= {(name, m): partial(step, model, caches[name], m) for m in (1, *several)}
     for i in range(repeats + 3):
         for (name, m), function in work.items():

@@ -126,8 +126,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Only a run in which nothing failed leaves a record."""
-    if not session.config.getoption("--record-proof") or exitstatus:
+    """Only a run in which something was checked and nothing failed leaves a record."""
+    if not session.config.getoption("--record-proof") or exitstatus or not _PROOF.rows:
         return
     profile, rows = get_profile().name, list(_PROOF.rows.values())
     report.record_proof(profile, rows, params={"tests": session.testscollected}, seconds=time.perf_counter() - _BEGAN)

@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -107,3 +111,10 @@ def test_peers_and_recipes_are_shown_once_they_are_recorded():
     assert "| target alone | 1 | 100 | 50 | 2.00× [1.90, 2.10] |" in block
     assert "| with the draft | 1 | 200 | 40 | 5.00× [4.50, 5.50] |" in block
     assert "| control | 0.500 |" in block
+
+
+def test_a_run_that_checks_nothing_leaves_the_proof_alone(tmp_path):
+    tests, environment = Path(__file__).parent, os.environ | {"SPECDEC_RESULTS": str(tmp_path), "SPECDEC_PROFILE": "ci"}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--record-proof", str(tests / "test_edges.py")]
+    assert subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True).returncode == 0
+    assert not list(tmp_path.rglob("*"))

@@ -107,13 +107,10 @@ LARGE = {
     "rows of p one position late": mistakes.one_row_late,
     "block: stop at the first refusal": mistakes.block_until_first_refusal,
 }
-SUBTLE = "the same uniform for every position"
+SUBTLE = "the same uniform for every position"  # it takes the most texts to show
 
 
-SLOW = "the same uniform for every position"  # it takes the most texts to show
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] * (n == SLOW)) for n in LARGE])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] * (n == SUBTLE)) for n in LARGE])
 def test_mistakes_at_full_size_are_rejected(proof, name):
     p, q = rows()
     reject_texts(proof, f"{name}, {V:,} ids", emitted(LARGE[name], p, q, N if name == SUBTLE else N // 4, seed=3), p)
