@@ -19,7 +19,7 @@ from . import theory
 from .data import TokenData, held_out_prompts
 from .drafting import CapturedDraftModel, Drafter, DraftModel, frequent_ids
 from .engine import Trace, generate, prefill, speculate
-from .inference import ready, trimmed
+from .inference import COMPILED, compile_ahead, ready, ready_rule, ready_sampling, trimmed
 from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Randomness, Rule, Sampling, token_wise
@@ -29,6 +29,7 @@ Arm = Callable[[list[int], Randomness, Trace], object]  # runs one text to its e
 
 def target_alone(model: Transformer, config: BenchConfig, sampling: Sampling) -> Arm:
     """Arm A, and with a draft as the model arm B."""
+    sampling = ready_sampling(sampling, config.passes)
 
     def run(prompt, randomness, trace):
         for _ in generate(
@@ -43,6 +44,7 @@ def both(
     target: Transformer, drafter: Drafter, k: int, config: BenchConfig, sampling: Sampling, rule: Rule = token_wise
 ) -> Arm:
     """Arm C: ``drafter`` proposes k tokens a round, the target verifies."""
+    sampling, rule = ready_sampling(sampling, config.passes), ready_rule(rule, config.passes)
 
     def run(prompt, randomness, trace):
         for _ in speculate(
@@ -207,7 +209,7 @@ Timings = dict[str | int, list[float]]  # seconds of "target", "draft", "decide"
 @torch.inference_mode()
 def time_parts(
     target: Transformer, drafter: Drafter, prompt: list[int], sampling: Sampling, k_max: int, repeats: int = 24,
-    timings: Timings | None = None,
+    rule: Rule = token_wise, timings: Timings | None = None,
 ) -> Timings:  # fmt: skip
     """Interleaved timings of a round's parts after ``prompt``; given ``timings`` are added to."""
     randomness, n_ids, cache = Randomness(0, target.device), target.config.n_ids, target.new_cache()
@@ -217,7 +219,7 @@ def time_parts(
     block = torch.tensor([[prompt[i % len(prompt)] for i in range(k_max + 1)]], device=target.device)
 
     def step():
-        return int(randomness.choose(sampling.probs(target(block[:, :1], cache)[0, -1, :n_ids])))
+        return int(sampling.draw(target(block[:, :1], cache)[0, -1, :n_ids], randomness)[0])
 
     def verify(m):
         return sampling.probs(target(block[:, :m], cache)[0, :, :n_ids])
@@ -230,7 +232,7 @@ def time_parts(
         return drafter.propose(text, k_max, sampling, randomness)
 
     def decide():
-        accepted, following = token_wise(drafted, q, p, randomness)
+        accepted, following = rule(drafted, q, p, randomness)
         return torch.cat([accepted[None], drafted, following]).tolist()
 
     work = {"target": step, "draft": draft, "decide": decide}
@@ -284,6 +286,7 @@ def equip(
         passes = "eager" if captured else config.passes  # the whole chain of drafts is captured, not its steps
         cut = {name: model if ids is None else trimmed(model, ids) for name, model in drafts.items()}
         fast = {name: ready(model, config.dtype, passes) for name, model in cut.items()}
+    compile_ahead({target: COMPILED} | {model: COMPILED[:2] for model in (*alone.values(), *fast.values())})
     kind = CapturedDraftModel if captured else DraftModel
     return target, {name: kind(model, ids) for name, model in fast.items()}, alone
 
@@ -304,21 +307,22 @@ def run(
     before and after the sweep and from the acceptance by position of all its rounds.
     """
     sweep, final = split_prompts(data, config)
-    out, k_max, device = Benchmark(), max(config.ks), target.device
+    out, k_max, device, rule = Benchmark(), max(config.ks), target.device, ready_rule(token_wise, config.passes)
     for temperature in config.temperatures:
-        sampling, tag = Sampling(temperature), f"T={temperature:g}"
+        sampling, tag = ready_sampling(Sampling(temperature), config.passes), f"T={temperature:g}"
         baseline = target_alone(target, config, sampling)
         arms = {"A": baseline} | {f"B {name}": target_alone(model, config, sampling) for name, model in alone.items()}
         for name, drafter in drafters.items():
             arms |= {f"C {name} k={k}": both(target, drafter, k, config, sampling) for k in config.ks}
         timings, traces = {}, {}
         for name, drafter in drafters.items():
-            timings[name] = time_parts(target, drafter, sweep[0] * 2, sampling, k_max)
+            timings[name] = time_parts(target, drafter, sweep[0] * 2, sampling, k_max, rule=rule)
         rows = measure(arms, sweep, seed=config.seed, device=device, traces=traces)
         finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
         for name, drafter in drafters.items():
             key, n = f"{name} {tag}", config.new_tokens
-            costs = out.costs[key] = costs_of(time_parts(target, drafter, sweep[0] * 2, sampling, k_max, timings=timings[name]))
+            time_parts(target, drafter, sweep[0] * 2, sampling, k_max, rule=rule, timings=timings[name])
+            costs = out.costs[key] = costs_of(timings[name])
             by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
             rounds = [trace for k in config.ks for trace in by_k[k]]
             out.by_position[key] = acceptance_by_position(rounds, k_max)

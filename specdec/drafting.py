@@ -84,8 +84,8 @@ class DraftModel:
 
     def draw(self, logits: Tensor, sampling: Sampling, randomness: Randomness) -> tuple[Tensor, Tensor]:
         """One id (1,) and the row that it was drawn from, (V,) or with a trimmed output layer (N,)."""
-        q = sampling.probs(logits[: self.n_ids], "draft model")
-        token = randomness.choose(q)
+        token, q = sampling.draw(logits[: self.n_ids], randomness, "draft model")
+        token = token.clamp(max=len(q) - 1)  # a row of NaN offers the id after the last; the engine sees the row itself
         return token if self.ids is None else self.ids[token], q
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -147,7 +147,6 @@ class CapturedDraftModel(DraftModel):
         for _ in numbers:
             logits = self.model.forward_at(unread, positions, self.cache.k, self.cache.v)[0, -1]
             token, q = self.draw(logits, sampling, chance)
-            token = token.clamp(max=self.n_ids - 1)  # a row of NaN offers V; the engine sees the row itself
             tokens.append(token)
             rows.append(q)
             unread, positions = token[None], (positions[-1:] + 1).clamp(max=self.context - 1)

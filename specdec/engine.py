@@ -76,7 +76,7 @@ def generate(
     token = torch.tensor(text[-1:], device=target.device)
     while len(text) < limit:
         logits = target(token[None], cache)[0, -1, : target.config.n_ids]  # (V,)
-        token = randomness.choose(sampling.probs(logits, "target"))  # (1,)
+        token, _ = sampling.draw(logits, randomness, "target")  # (1,)
         text.append(_checked(int(token), target.config.n_ids, "target"))
         trace.tokens.append(text[-1])
         trace.target_passes += 1

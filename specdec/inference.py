@@ -6,22 +6,24 @@ graph, or made the same for every caller.
 
 import copy
 from collections.abc import Callable
-from functools import partial
-from types import FunctionType
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import KVCache, Rows, Transformer
-from .train import can_compile, compiled, has_bf16
+from .model import KVCache, ModelConfig, Transformer
+from .programs import Program, program_path
+from .sampling import Numbers, Randomness, Rule, Sampling, token_wise
+from .train import can_compile, has_bf16
 
 PASSES = ("eager", "compiled", "graphs")
 EXACT_ROWS = 16  # an exact model computes every short pass as this many rows, so k is at most 15
 SHORT = EXACT_ROWS + 1  # passes over more tokens are prefill, and run as they are
-COMPILED = (1, 2, 3, 5, 9)  # rows of the compiled programs, some ten seconds of compiling each; k is best at most 8
-FEW_QUERIES = 8  # up to so many, attention is compiled with the rest
-ONE_CORE = 8 << 20  # bytes of weights that one core has read before a second one is awake
+COMPILED = (1, 2, 3, 4, 5, 9)  # rows of the compiled programs, half a minute of compiling each; k is best at most 8
+CUT = 64  # rows of the cache that a compiled pass reads more as the text grows
 
 
 class PackedLinear(nn.Module):
@@ -59,10 +61,8 @@ class StreamedLinear(nn.Module):
 
 
 def streamed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-    """Attention of few queries (B, K, R, D), as one token has them, in plain sums that the compiler fuses with what is
-    around them. A call of the library's takes longer than its work; it is worth it for more queries."""
-    if q.shape[2] > FEW_QUERIES:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    """Attention of few queries (B, K, R, D) in plain sums that the compiler fuses with what is around them: a call of the
+    library's takes longer than its work."""
     q = stored(q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5)
     scores = (q[:, :, :, None] * k[:, :, None]).sum(-1)  # (B, K, R, S)
     probs = stored(scores.masked_fill(~attn_mask, -torch.inf).softmax(-1))
@@ -81,14 +81,16 @@ def ready(
     """A copy of ``model`` for decoding, called like the model itself.
 
     ``dtype`` "auto" is bfloat16 where the machine multiplies it natively. ``passes`` says how short passes run:
-    "eager"; "compiled" by torch.compile, after some ten seconds for each number of rows; as CUDA "graphs", which on a
-    CPU is the same code without the capturing. ``exact``: a token's logits are the same bits however many tokens are
+    "eager"; "compiled" for the CPU, which takes minutes once and is kept on disk; as CUDA "graphs", which on a CPU is
+    the same code without the capturing. ``exact``: a token's logits are the same bits however many tokens are
     read with it, so that greedy text does not depend on whether a draft helped; a pass costs what one over 16 rows
     costs, and is not compiled.
     """
     if passes not in PASSES:
         raise ValueError(f"passes is {passes!r}; choose {', '.join(PASSES)}.")
-    if passes == "compiled" and not can_compile(model.device):
+    if passes == "compiled" and model.device.type != "cpu":
+        raise ValueError("compiled passes are for the CPU; choose graphs on a GPU.")
+    if passes == "compiled" and not can_compile():
         passes = "eager"
     if dtype == "auto":
         dtype = torch.bfloat16 if has_bf16(model.device) else torch.float32
@@ -99,11 +101,24 @@ def ready(
     if can_pack(dtype, model.device):
         pack(model)
     if short is not None:
-        return CompiledShapes(model, stream(short) if short.device.type == "cpu" else short)
+        return CompiledShapes(model, stream(short))
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))
     if passes == "graphs":
         return CapturedShapes(model, model.forward_at, sizes)
     return FixedShapes(model, model.forward_at, sizes) if exact else model
+
+
+@cache
+def ready_rule(rule: Rule, passes: str = "eager") -> Rule:
+    """The same ``rule``, for the same tokens of the same random numbers, as quick as ``passes`` says. A rule that goes
+    through its drafts one by one, like the block rule, is left as it is."""
+    return CompiledRule(rule) if passes == "compiled" and rule is token_wise and can_compile() else rule
+
+
+@cache
+def ready_sampling(sampling: Sampling, passes: str = "eager") -> Sampling:
+    """The same ``sampling`` as quick as ``passes`` says."""
+    return CompiledSampling(**asdict(sampling)) if passes == "compiled" and can_compile() else sampling
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -174,39 +189,160 @@ class FixedShapes:
 
 
 class CompiledShapes(FixedShapes):
-    """Short passes through torch.compile, one program for each of a few numbers of rows. ``short`` is the model that is
-    compiled, ``model`` the same one as it reads a prompt."""
+    """Short passes as compiled programs, one for each of a few numbers of rows. ``short`` is the model that is compiled,
+    ``model`` the same one as it reads a prompt. Of the cache a pass reads what the text fills, in whole steps of
+    ``CUT`` rows."""
 
     def __init__(self, model: Transformer, short: Transformer, sizes: tuple[int, ...] = COMPILED):
         super().__init__(model, short.forward_at, sizes)
-        self.programs: dict[int, Callable] = {}
-        self.options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        if self.device.type == "cpu":
-            self.options["cpp_wrapper"] = True
-            if short.n_params(read_per_token=True) * self.dtype.itemsize <= ONE_CORE:
-                self.options["cpp.threads"] = 1
+        self.short, self.programs = short, {}
 
-    def new_cache(self) -> KVCache:
-        cache = super().new_cache()
-        # a tensor for each layer: of one block the compiler would copy all whenever a row is written
-        cache.k, cache.v = (tuple(layer.clone() for layer in block) for block in (cache.k, cache.v))
-        return cache
+    def new_cache(self) -> "CutCache":
+        return CutCache(self.config, dtype=self.dtype, device=self.device)
 
-    def read(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    def read(self, ids: Tensor, positions: Tensor, cache: "CutCache") -> Tensor:
         rows = ids.shape[1]
         if rows not in self.programs:
-            self.programs[rows] = self.program()
-        return self.programs[rows](ids, positions, cache.k, cache.v)
+            self.programs[rows] = self.program(rows)
+        return self.programs[rows](ids, positions, *cache.layers())[0]
 
-    def program(self) -> Callable:
-        """A function that torch.compile knows nothing of yet. It keeps its programs by code object, and looks through
-        those of all models, weight by weight, before each call: half a millisecond that no call here needs."""
+    def program(self, rows: int) -> Program:
+        def inputs():
+            layers = CutCache(self.config, dtype=self.dtype).layers(min(CUT, self.config.context - 1))
+            return torch.zeros(1, rows, dtype=torch.long), torch.arange(rows), layers
 
-        def forward(ids: Tensor, positions: Tensor, keys: Rows, values: Rows) -> Tensor:
-            return self.forward_at(ids, positions, keys, values)
+        filled = torch.export.Dim("filled", min=2, max=self.config.context)
+        shapes = None, None, [{2: filled}] * (2 * self.config.n_layers)
+        return Program(*self.key(rows), ShortPass(self.short), inputs, shapes)
 
-        alone = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
-        return compiled(alone, self.device, dynamic=False, options=self.options)
+    def key(self, rows: int) -> tuple[str, tuple]:
+        """Name of the program, and all that it depends on but the code: sizes, type, and the ids that are offered."""
+        return f"pass-of-{rows}", (rows, self.config, self.dtype, self.short.head.weight.shape[0])
+
+
+def compile_ahead(models: dict[Transformer | FixedShapes, tuple[int, ...]]) -> None:
+    """Compile the passes of so many rows of models made ready, two at a time, as far as they are not on disk yet. It
+    would happen without this, one after another: a compiler keeps one core busy."""
+    passes = [(m, rows) for m, sizes in models.items() if isinstance(m, CompiledShapes) for rows in sizes]
+    missing = {name + repr(parts): parts for name, parts in (m.key(rows) for m, rows in passes)
+               if not program_path(name, parts).exists()}  # fmt: skip
+    if len(missing) > 1:
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            list(pool.map(_compile_pass, *zip(*missing.values())))
+
+
+def _compile_pass(rows: int, config: ModelConfig, dtype: torch.dtype, n_offered: int) -> None:
+    model = Transformer(config)  # whatever its weights are
+    if n_offered != config.vocab_size:
+        model = trimmed(model, torch.arange(n_offered))
+    ready(model, dtype, "compiled").program(rows)
+
+
+class ShortPass(nn.Module):
+    """`Transformer.forward_at` as torch.export wants it: ``layers`` are keys of all layers, then values."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, positions: Tensor, layers: list[Tensor]) -> Tensor:
+        n = len(layers) // 2
+        return self.model.forward_at(ids, positions, layers[:n], layers[n:])
+
+
+class CutCache(KVCache):
+    """A cache that hands out its rows layer by layer, cut after the text."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cuts: dict[int, list[Tensor]] = {}
+
+    def layers(self, rows: int | None = None) -> list[Tensor]:
+        """The first ``rows`` rows of each layer's keys, then values (B, K, rows, D); None: what the text fills."""
+        rows = rows or min(-(-self.length // CUT) * CUT, self.capacity)
+        if rows not in self.cuts:
+            self.cuts[rows] = [layer[:, :, :rows] for block in (self.k, self.v) for layer in block]
+        return self.cuts[rows]
+
+
+@dataclass(frozen=True)
+class CompiledSampling(Sampling):
+    """`Sampling` as programs. Between two passes, which sweep the caches of the processor, each small step of the
+    library's costs several times what it does alone. Like an accelerator, a program does not look for NaN."""
+
+    def probs(self, logits: Tensor, model: str = "model") -> Tensor:
+        if logits.dim() != 2 or len(logits) < 2:
+            return super().probs(logits, model)
+        return _rows_program(self, *_kind(logits))(logits.contiguous())[0]
+
+    def draw(self, logits: Tensor, randomness: Randomness, model: str = "model") -> tuple[Tensor, Tensor]:
+        return tuple(_draw_program(self, *_kind(logits))(logits.contiguous(), randomness.uniforms(1)))
+
+
+def _kind(logits: Tensor) -> tuple[int, torch.dtype]:
+    return logits.shape[-1], logits.dtype
+
+
+@cache
+def _rows_program(sampling: Sampling, n_ids: int, dtype: torch.dtype) -> Program:
+    def inputs():
+        return (torch.zeros(5, n_ids, dtype=dtype),)
+
+    rows = {0: torch.export.Dim("rows", min=2, max=1024)}
+    return Program("probs", (sampling, n_ids, dtype), Function(sampling.probs_or_nan), inputs, ((rows,),), threads=1)
+
+
+@cache
+def _draw_program(sampling: Sampling, n_ids: int, dtype: torch.dtype) -> Program:
+    def inputs():
+        return torch.zeros(n_ids, dtype=dtype), torch.zeros(1, dtype=torch.float64)
+
+    def draw(logits, numbers):
+        probs = sampling.probs_or_nan(logits)
+        return Numbers(numbers).choose(probs), probs
+
+    return Program("draw", (sampling, n_ids, dtype), Function(draw), inputs, threads=1)
+
+
+class CompiledRule:
+    """A rule as one program for any k ≥ 2."""
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+
+    def __call__(self, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness):
+        k, n_ids = draft_probs.shape
+        if k < 2:
+            return self.rule(drafted, draft_probs, target_probs, randomness)
+        program = _rule_program(self.rule, n_ids, draft_probs.dtype, target_probs.dtype)
+        numbers = randomness.uniforms(k + 1)
+        return tuple(program(drafted, draft_probs.contiguous(), target_probs.contiguous(), numbers))
+
+
+@cache
+def _rule_program(rule: Rule, n_ids: int, draft_dtype: torch.dtype, target_dtype: torch.dtype) -> Program:
+    def inputs():
+        p = torch.ones(5, n_ids) / n_ids
+        return torch.zeros(4, dtype=torch.long), p[:4].to(draft_dtype), p.to(target_dtype), torch.zeros(5).double()
+
+    def decide(drafted, draft_probs, target_probs, numbers):
+        return rule(drafted, draft_probs, target_probs, Numbers(numbers))
+
+    k = torch.export.Dim("k", min=2, max=1024)
+    shapes = (({0: k}, {0: k}, {0: k + 1}, {0: k + 1}),)
+    parts = rule.__name__, n_ids, draft_dtype, target_dtype
+    return Program(rule.__name__, parts, Function(decide), inputs, shapes, threads=1)
+
+
+class Function(nn.Module):
+    """A function as torch.export wants it."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return self.function(*tensors)
 
 
 class CapturedShapes(FixedShapes):

@@ -141,8 +141,6 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(config.context, config.head_size, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)  # (context, D/2)
         self.register_buffer("sin", sin, persistent=False)
-        causal = torch.ones(config.context, config.context, dtype=torch.bool).tril_()
-        self.register_buffer("causal", causal, persistent=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 # the two projections onto the residual stream shrink with depth, as in GPT-2
@@ -189,7 +187,8 @@ class Transformer(nn.Module):
         # training is plainly causal, and one new token sees all there is: neither needs a mask
         mask = None
         if keys is not None and (ids.shape[1] > 1 or isinstance(at, Tensor)):
-            mask = self.causal[at, :end].repeat(self.config.n_heads // self.config.n_kv_heads, 1)
+            rows = torch.arange(end, device=ids.device)
+            mask = (rows <= rows[at, None]).repeat(self.config.n_heads // self.config.n_kv_heads, 1)
         x = self.embedding(ids)  # (B, T, C)
         for i, layer in enumerate(self.blocks):
             x = layer(x, rotary, mask, None if keys is None else (keys[i], values[i]), at, end)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .bench import clock
-from .inference import FixedShapes, ready
+from .inference import FixedShapes, compile_ahead, ready, ready_sampling
 from .model import ModelConfig, Transformer
 from .profiles import Profile, get_profile
 from .sampling import Randomness, Sampling
@@ -59,20 +59,19 @@ def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int
 @torch.inference_mode()
 def measure_steps(
     fast: dict[str, Model], *, length: int = 64, rows: tuple[int, ...] = (2, 5, 9), repeats: int = 24,
-    bandwidth: float | None = None,
+    bandwidth: float | None = None, sampling: Sampling = Sampling(),
 ) -> list[Step]:  # fmt: skip
     """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns; of the one named "target"
     also passes over so many ``rows``, which drafts never make."""
     out, work, caches, timings = [], {}, {}, {}
     device = next(iter(fast.values())).device
     bandwidth = bandwidth or read_bandwidth(device)
-    randomness, sampling = Randomness(0, device), Sampling()
+    randomness = Randomness(0, device)
     ids = torch.zeros(1, max((length, *rows)), dtype=torch.long, device=device)
 
     def step(model, cache, m):
         logits = model(ids[:, :m], cache)[0, :, : model.config.n_ids]
-        probs = sampling.probs(logits)
-        return int(randomness.choose(probs[-1])) if m == 1 else probs
+        return int(sampling.draw(logits[-1], randomness)[0]) if m == 1 else sampling.probs(logits)
 
     for name, model in fast.items():
         caches[name] = model.new_cache()
@@ -125,7 +124,8 @@ def survey(
     for name, passes, models in groups:
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
-        steps = measure_steps(models, bandwidth=bandwidth)
+        compile_ahead({model: (1, 2, 5, 9) if role == "target" else (1,) for role, model in models.items()})
+        steps = measure_steps(models, bandwidth=bandwidth, sampling=ready_sampling(Sampling(), passes))
         rows += [{"sizes": name, "passes": passes, "bandwidth": bandwidth} | row for row in as_rows(steps)]
     return rows
 

@@ -36,15 +36,26 @@ class Sampling:
         ``model`` names the culprit when a logit is infinite or not a number: a ValueError on the CPU. To look would
         make an accelerator wait, so there the whole row becomes NaN, and the engine finds out with the next token.
         """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if logits.device.type == "cpu":
-            if not math.isfinite(logits.sum()):
-                raise ValueError(not_finite(model))
-        else:
-            logits = logits + 0 * logits.sum(-1, keepdim=True)
+        if logits.device.type != "cpu":
+            return self.probs_or_nan(logits)
+        logits = _wide(logits)
+        if not math.isfinite(logits.sum()):
+            raise ValueError(not_finite(model))
+        return self._of_finite(logits)
+
+    def probs_or_nan(self, logits: Tensor) -> Tensor:
+        """`probs` without a look at the values."""
+        logits = _wide(logits)
+        return torch.where(logits.sum(-1, keepdim=True).isfinite(), self._of_finite(logits), torch.nan)
+
+    def draw(self, logits: Tensor, randomness: "Randomness", model: str = "model") -> tuple[Tensor, Tensor]:
+        """One id (1,) from logits (V,), and the distribution (V,) that it was drawn from."""
+        probs = self.probs(logits, model)
+        return randomness.choose(probs), probs
+
+    def _of_finite(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
-            probs = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-            return probs if logits.device.type == "cpu" else probs + 0 * logits
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         if self.temperature != 1:  # shifted first, so that a tiny temperature neither overflows nor blurs
             least = torch.finfo(logits.dtype).tiny  # below it the division would be by zero
             logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, least)
@@ -59,6 +70,10 @@ class Sampling:
             probs = torch.zeros_like(probs).scatter_(-1, order, ranked * (before < self.top_p))
             probs = probs / probs.sum(-1, keepdim=True)
         return probs
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def not_finite(model: str) -> str:
@@ -121,7 +136,7 @@ def residual(target_probs: Tensor, draft_probs: Tensor, scale: float | Tensor = 
     """norm(max(scale·p − q, 0)) (…, V): what q failed to cover. Where nothing is left (p = q), p itself."""
     rest = (scale * target_probs - draft_probs).clamp_(min=0)
     total = rest.sum(-1, keepdim=True)
-    return torch.where(total > 0, rest / total, target_probs)
+    return torch.where(total == 0, target_probs, rest / total)  # a NaN stays one
 
 
 def token_wise(
@@ -156,7 +171,7 @@ def block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness
 def _of_drafted(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> tuple[Tensor, Tensor]:
     """p(xᵢ) and q(xᵢ), each (k,); q is positive, because the tokens were drawn from it."""
     ids = drafted[:, None]
-    return target_probs[: len(ids)].gather(-1, ids)[:, 0], draft_probs.gather(-1, ids)[:, 0]
+    return target_probs[: ids.shape[0]].gather(-1, ids)[:, 0], draft_probs.gather(-1, ids)[:, 0]
 
 
 def _following(accepted: Tensor, draft_probs: Tensor, target_probs: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Where things end or go wrong: the edges of settings, laws and lengths, weights that break, ids that are only padding."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -91,9 +92,17 @@ def test_a_draft_that_is_the_target_is_always_right(rule, sampling):
         assert len(out) == 40 and all(r.accepted == len(r.drafted) for r in trace.rounds) and len(trace.rounds) == 8
 
 
+@dataclass(frozen=True)
+class WithoutLooking(Sampling):
+    """As on an accelerator and in compiled programs: a bad row becomes NaN, and the engine sees the token it gives."""
+
+    def probs(self, logits, model="model"):
+        return self.probs_or_nan(logits)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("culprit", ["target", "draft model"])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0), Sampling(0.5, 2, 0.9)])
+@pytest.mark.parametrize("sampling", [kind(*a) for kind in (Sampling, WithoutLooking) for a in ((), (0,), (0.5, 2, 0.9))])
 def test_a_logit_that_is_not_finite_names_its_model(value, culprit, sampling):
     target, draft = small_pair()
     broken = target if culprit == "target" else draft

@@ -8,11 +8,16 @@ from conftest import make_model
 
 from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, DraftModel, frequent_ids
 from specdec.engine import Trace, generate, speculate
-from specdec.inference import EXACT_ROWS, PASSES, Captured, CompiledShapes, FixedShapes, ready, stream, trimmed
+from specdec.inference import (
+    EXACT_ROWS, PASSES, Captured, CompiledShapes, FixedShapes, compile_ahead, ready, ready_rule, ready_sampling, stream, trimmed,
+)  # fmt: skip
 from specdec.model import Transformer
 from specdec.profiles import get_profile
-from specdec.sampling import RULES, Randomness, Sampling
+from specdec.sampling import RULES, Randomness, Sampling, token_wise
 from specdec.train import can_compile
+
+
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 
 
 def texts(target, drafter, seeds=range(8), prompt=(1, 0, 2), n=11, k=3, **options):
@@ -75,7 +80,7 @@ def test_a_model_written_in_sums_is_the_same_model(shape):
     torch.testing.assert_close(other.k[..., :14, :], cache.k[..., :14, :])
 
 
-@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+@needs_compiler
 @torch.inference_mode()
 def test_compiled_passes_are_the_same_passes():
     model = make_model(context=16, n_layers=1)
@@ -87,6 +92,60 @@ def test_compiled_passes_are_the_same_passes():
         torch.testing.assert_close(fast(ids[:, start:end], other), plain(ids[:, start:end], cache))
         other.truncate(end - 1), cache.truncate(end - 1)  # rolled back and read again
         torch.testing.assert_close(fast(ids[:, end - 1 : end], other), plain(ids[:, end - 1 : end], cache))
+
+
+FILTERS = [Sampling(0), Sampling(0.7, top_k=3), Sampling(1.3, top_p=0.8)]
+
+
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize("sampling", [Sampling(), *(pytest.param(s, marks=pytest.mark.thorough) for s in FILTERS)], ids=str)
+def test_compiled_sampling_is_the_same_sampling(sampling):
+    fast = ready_sampling(sampling, "compiled")
+    logits = 4 * torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+    for rows in (logits, logits[:2], logits[:, :7], logits[0]):  # several, the fewest, a view, one as it is
+        torch.testing.assert_close(fast.probs(rows), sampling.probs(rows))
+    for seed, row in enumerate(logits):
+        (mine, q), (token, probs) = (s.draw(row, Randomness(seed)) for s in (fast, sampling))
+        assert torch.equal(mine, token)
+        torch.testing.assert_close(q, probs)
+    logits[1, 3] = torch.nan
+    assert fast.probs(logits).isnan().all(-1).tolist() == [False, True] + 4 * [False]
+    assert fast.draw(logits[1], Randomness(0))[0].tolist() == [7]  # no id: the engine says whose row it was
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_a_compiled_rule_decides_the_same():
+    fast, generator = ready_rule(token_wise, "compiled"), torch.Generator().manual_seed(1)
+    for k in (0, 1, 2, 5, 2, 8):
+        p, q = (torch.randn(n, 7, generator=generator).softmax(-1) for n in (k + 1, k))
+        drafted = torch.randint(0, 7, (k,), generator=generator)
+        for seed in range(20):
+            mine, plain = (rule(drafted, q, p, Randomness(seed)) for rule in (fast, token_wise))
+            assert [x.tolist() for x in mine] == [x.tolist() for x in plain]
+    assert ready_rule(RULES["block"], "compiled") is RULES["block"]
+
+
+@needs_compiler
+@pytest.mark.thorough
+@pytest.mark.parametrize("sampling", [Sampling(), *FILTERS], ids=str)
+def test_compiled_text_is_the_same_text(pair, sampling):
+    target, draft = pair
+    fast, drafts = ready(target, torch.float64, "compiled"), ready(draft, torch.float64, "compiled")
+    compile_ahead({fast: (1, 2, 3, 5), drafts: (1, 2)})
+    options = {"rule": ready_rule(token_wise, "compiled"), "sampling": ready_sampling(sampling, "compiled")}
+    assert texts(fast, DraftModel(drafts), **options) == texts(target, DraftModel(draft), sampling=sampling)
+    own, plain = (
+        list(generate(model, [1], max_new_tokens=12, sampling=s, randomness=Randomness(3)))
+        for model, s in ((fast, options["sampling"]), (target, sampling))
+    )
+    assert own == plain
+
+
+def test_compiled_passes_are_for_the_cpu():
+    with pytest.raises(ValueError, match="choose graphs on a GPU"):
+        ready(make_model().to("meta"), torch.float32, "compiled")
 
 
 @pytest.mark.parametrize("passes", [name for name in PASSES if name != "compiled"])
