@@ -116,6 +116,16 @@ def load_rows(profile: str, experiment: str) -> list[dict]:
         return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+def break_even(axis, vertical: bool = False) -> None:
+    """A thin line at 1, with its name outside, where no curve runs through it."""
+    (axis.axvline if vertical else axis.axhline)(1, color="0.5", linewidth=0.8)
+    place = {"xy": (1, 1), "textcoords": "offset points", "fontsize": 8, "color": "0.4"}
+    if vertical:
+        axis.annotate("break-even", xycoords=("data", "axes fraction"), xytext=(0, 2), ha="center", va="bottom", **place)
+    else:
+        axis.annotate("break-\neven", xycoords=("axes fraction", "data"), xytext=(4, 0), ha="left", va="center", **place)
+
+
 def save_figure(figure, profile: str, name: str) -> Path:
     """``results/<profile>/<name>.png``, the same bytes for the same picture."""
     path = results_dir() / profile / f"{name}.png"
