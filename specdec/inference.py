@@ -198,7 +198,7 @@ class CompiledShapes(FixedShapes):
         self.short, self.programs = short, {}
 
     def new_cache(self) -> "CutCache":
-        return CutCache(self.config, dtype=self.dtype, device=self.device)
+        return CutCache(self.config, self.dtype)
 
     def read(self, ids: Tensor, positions: Tensor, cache: "CutCache") -> Tensor:
         rows = ids.shape[1]
@@ -208,7 +208,7 @@ class CompiledShapes(FixedShapes):
 
     def program(self, rows: int) -> Program:
         def inputs():
-            layers = CutCache(self.config, dtype=self.dtype).layers(min(CUT, self.config.context - 1))
+            layers = CutCache(self.config, self.dtype).layers(min(CUT, self.config.context))
             return torch.zeros(1, rows, dtype=torch.long), torch.arange(rows), layers
 
         filled = torch.export.Dim("filled", min=2, max=self.config.context)
@@ -253,8 +253,10 @@ class ShortPass(nn.Module):
 class CutCache(KVCache):
     """A cache that hands out its rows layer by layer, cut after the text."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        # a row that is never used: with it no cut is the whole block, which a program would have to treat differently
+        super().__init__(config, capacity=config.context + 1, dtype=dtype)
+        self.capacity = config.context
         self.cuts: dict[int, list[Tensor]] = {}
 
     def layers(self, rows: int | None = None) -> list[Tensor]:

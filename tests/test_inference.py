@@ -80,15 +80,20 @@ def test_a_model_written_in_sums_is_the_same_model(shape):
     torch.testing.assert_close(other.k[..., :14, :], cache.k[..., :14, :])
 
 
+TWO_PROGRAMS = {"context": 130, "n_layers": 1, "n_kv_heads": 2}  # of one size, so that tests share what they compile
+
+
 @needs_compiler
 @torch.inference_mode()
 def test_compiled_passes_are_the_same_passes():
-    model = make_model(context=16, n_layers=1)
+    model = make_model(**TWO_PROGRAMS)
     plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
     assert isinstance(fast, CompiledShapes) and len(fast.sizes) < max(fast.sizes)
+    fast.sizes = (1, 5)
     cache, other = plain.new_cache(), fast.new_cache()
-    ids = torch.randint(0, 5, (1, 16), generator=torch.Generator().manual_seed(2))
-    for start, end in ((0, 10), (10, 11), (11, 12), (12, 16)):  # a prompt, one token twice, four that run as five
+    ids = torch.randint(0, 5, (1, 130), generator=torch.Generator().manual_seed(2))
+    # a prompt, one token twice, four that run as five and over a cut, more of the text, its last rows
+    for start, end in ((0, 60), (60, 61), (61, 62), (62, 66), (66, 126), (126, 130)):
         torch.testing.assert_close(fast(ids[:, start:end], other), plain(ids[:, start:end], cache))
         other.truncate(end - 1), cache.truncate(end - 1)  # rolled back and read again
         torch.testing.assert_close(fast(ids[:, end - 1 : end], other), plain(ids[:, end - 1 : end], cache))
@@ -131,7 +136,7 @@ def test_a_compiled_rule_decides_the_same():
 @pytest.mark.thorough
 @pytest.mark.parametrize("sampling", [Sampling(), *FILTERS], ids=str)
 def test_compiled_text_is_the_same_text(sampling):
-    target, draft = (make_model(context=16, n_layers=1, seed=seed) for seed in (1, 2))
+    target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
     fast, drafts = (ready(model, torch.float64, "compiled") for model in (target, draft))
     fast.sizes = drafts.sizes = (1, 5)  # two programs in all: both models are of one size
     compile_ahead({fast: fast.sizes, drafts: drafts.sizes})
