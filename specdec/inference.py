@@ -47,7 +47,7 @@ class StreamedLinear(nn.Module):
     """A Linear for the compiler and few rows: each weight is loaded once and multiplied with every row while it is there.
 
     Decoding is as fast as memory delivers the weights. Library products of so few rows reach a third of that speed on
-    some machines; these sums come close to it, and one row or five take nearly the same time.
+    some machines; these sums come closer to it, for several rows too.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -228,10 +228,11 @@ def compile_ahead(models: dict[Transformer | FixedShapes, tuple[int, ...]]) -> N
                if not program_path(name, parts).exists()}  # fmt: skip
     if len(missing) > 1:
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            list(pool.map(_compile_pass, *zip(*missing.values())))
+            list(pool.map(partial(_compile_pass, torch.get_num_threads()), *zip(*missing.values())))
 
 
-def _compile_pass(rows: int, config: ModelConfig, dtype: torch.dtype, n_offered: int) -> None:
+def _compile_pass(threads: int, rows: int, config: ModelConfig, dtype: torch.dtype, n_offered: int) -> None:
+    torch.set_num_threads(threads)  # a program is made for so many
     model = Transformer(config)  # whatever its weights are
     if n_offered != config.vocab_size:
         model = trimmed(model, torch.arange(n_offered))

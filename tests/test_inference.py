@@ -13,6 +13,7 @@ from specdec.inference import (
 )  # fmt: skip
 from specdec.model import Transformer
 from specdec.profiles import get_profile
+from specdec.programs import program_path
 from specdec.sampling import RULES, Randomness, Sampling, token_wise
 from specdec.train import can_compile
 
@@ -90,6 +91,8 @@ def test_compiled_passes_are_the_same_passes():
     plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
     assert isinstance(fast, CompiledShapes) and len(fast.sizes) < max(fast.sizes)
     fast.sizes = (1, 5)
+    compile_ahead({fast: fast.sizes})
+    assert all(program_path(*fast.key(rows)).exists() for rows in fast.sizes)
     cache, other = plain.new_cache(), fast.new_cache()
     ids = torch.randint(0, 5, (1, 130), generator=torch.Generator().manual_seed(2))
     # a prompt, one token twice, four that run as five and over a cut, more of the text, its last rows
@@ -99,16 +102,17 @@ def test_compiled_passes_are_the_same_passes():
         torch.testing.assert_close(fast(ids[:, end - 1 : end], other), plain(ids[:, end - 1 : end], cache))
 
 
-FILTERS = [Sampling(0), Sampling(0.7, top_k=3), Sampling(1.3, top_p=0.8)]
+SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7, top_k=4, top_p=0.9)]
 
 
 @needs_compiler
 @torch.inference_mode()
-@pytest.mark.parametrize("sampling", [Sampling(), *(pytest.param(s, marks=pytest.mark.thorough) for s in FILTERS)], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_compiled_sampling_is_the_same_sampling(sampling):
     fast = ready_sampling(sampling, "compiled")
-    logits = 4 * torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
-    for rows in (logits, logits[:2], logits[:, :7], logits[0]):  # several, the fewest, a view, one as it is
+    wide = 4 * torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = wide[:, :5].contiguous()
+    for rows in (logits, logits[:2], wide[:, :5], logits[0]):  # several, the fewest, a view, one as it is
         torch.testing.assert_close(fast.probs(rows), sampling.probs(rows))
     for seed, row in enumerate(logits):
         (mine, q), (token, probs) = (s.draw(row, Randomness(seed)) for s in (fast, sampling))
@@ -116,7 +120,7 @@ def test_compiled_sampling_is_the_same_sampling(sampling):
         torch.testing.assert_close(q, probs)
     logits[1, 3] = torch.nan
     assert fast.probs(logits).isnan().all(-1).tolist() == [False, True] + 4 * [False]
-    assert fast.draw(logits[1], Randomness(0))[0].tolist() == [7]  # no id: the engine says whose row it was
+    assert fast.draw(logits[1], Randomness(0))[0].tolist() == [5]  # no id: the engine says whose row it was
 
 
 @needs_compiler
@@ -124,8 +128,8 @@ def test_compiled_sampling_is_the_same_sampling(sampling):
 def test_a_compiled_rule_decides_the_same():
     fast, generator = ready_rule(token_wise, "compiled"), torch.Generator().manual_seed(1)
     for k in (0, 1, 2, 5, 2, 8):
-        p, q = (torch.randn(n, 7, generator=generator).softmax(-1) for n in (k + 1, k))
-        drafted = torch.randint(0, 7, (k,), generator=generator)
+        p, q = (torch.randn(n, 5, dtype=torch.float64, generator=generator).softmax(-1) for n in (k + 1, k))
+        drafted = torch.randint(0, 5, (k,), generator=generator)
         for seed in range(20):
             mine, plain = (rule(drafted, q, p, Randomness(seed)) for rule in (fast, token_wise))
             assert [x.tolist() for x in mine] == [x.tolist() for x in plain]
@@ -133,13 +137,11 @@ def test_a_compiled_rule_decides_the_same():
 
 
 @needs_compiler
-@pytest.mark.thorough
-@pytest.mark.parametrize("sampling", [Sampling(), *FILTERS], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_compiled_text_is_the_same_text(sampling):
     target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
     fast, drafts = (ready(model, torch.float64, "compiled") for model in (target, draft))
     fast.sizes = drafts.sizes = (1, 5)  # two programs in all: both models are of one size
-    compile_ahead({fast: fast.sizes, drafts: drafts.sizes})
     options = {"rule": ready_rule(token_wise, "compiled"), "sampling": ready_sampling(sampling, "compiled")}
     assert texts(fast, DraftModel(drafts), **options) == texts(target, DraftModel(draft), sampling=sampling)
     own, plain = (
