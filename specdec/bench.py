@@ -8,7 +8,7 @@ totals, never means of ratios; intervals come from a paired bootstrap over promp
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from . import theory
+from .compiled import DRAFT_WORK, TARGET_WORK
 from .data import TokenData, held_out_prompts
 from .drafting import CapturedDraftModel, Drafter, DraftModel, frequent_ids
 from .engine import Trace, generate, prefill, speculate
-from .inference import COMPILED, compile_ahead, ready, ready_rule, ready_sampling, trimmed
+from .inference import compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
 from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Randomness, Rule, Sampling, token_wise
@@ -219,7 +220,7 @@ def time_parts(
     block = torch.tensor([[prompt[i % len(prompt)] for i in range(k_max + 1)]], device=target.device)
 
     def step():
-        return int(sampling.draw(target(block[:, :1], cache)[0, -1, :n_ids], randomness)[0])
+        return int(draw_next(target, block[:, :1], cache, sampling, randomness)[0])
 
     def verify(m):
         return sampling.probs(target(block[:, :m], cache)[0, :, :n_ids])
@@ -286,9 +287,18 @@ def equip(
         passes = "eager" if captured else config.passes  # the whole chain of drafts is captured, not its steps
         cut = {name: model if ids is None else trimmed(model, ids) for name, model in drafts.items()}
         fast = {name: ready(model, config.dtype, passes) for name, model in cut.items()}
-    compile_ahead({target: COMPILED} | {model: COMPILED[:2] for model in (*alone.values(), *fast.values())})
+    compile_ahead({target: TARGET_WORK} | dict.fromkeys([*alone.values(), *fast.values()], DRAFT_WORK))
     kind = CapturedDraftModel if captured else DraftModel
     return target, {name: kind(model, ids) for name, model in fast.items()}, alone
+
+
+def compile_rest(target: Transformer, drafters: dict[str, Drafter], config: BenchConfig) -> None:
+    """Write a few tokens in every way that `run` does, so that what `equip` has not compiled yet is compiled now."""
+    few, prompt = replace(config, new_tokens=4), [0] * config.prompt_tokens
+    for sampling in map(Sampling, config.temperatures):
+        for drafter in drafters.values():
+            for k in (1, 2):
+                both(target, drafter, k, few, sampling)(prompt, Randomness(0, target.device), Trace())
 
 
 def split_prompts(data: TokenData, config: BenchConfig) -> tuple[list[list[int]], list[list[int]]]:

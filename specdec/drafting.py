@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .data import TokenData
-from .inference import Captured
+from .inference import Model, draw_next
 from .model import Transformer
+from .passes import Captured
 from .sampling import Numbers, Randomness, Sampling
 
 
@@ -72,7 +73,7 @@ class DraftModel:
         # drawn but never read. Reading all that is missing, whatever it is, leaves no hole in the cache.
         unread = torch.tensor([text[self.cache.length :]], device=self.model.device)  # (1, 1 or 2)
         while len(tokens) < k and self.goes_on(rows):
-            token, q = self.draw(self.model(unread, self.cache)[0, -1], sampling, randomness)
+            token, q = self.offered(*draw_next(self.model, unread, self.cache, sampling, randomness, "draft model"))
             tokens.append(token)
             rows.append(q)
             unread = token[None]  # (1, 1)
@@ -82,9 +83,8 @@ class DraftModel:
         """Whether to draft one more token after those drawn from ``rows``."""
         return True
 
-    def draw(self, logits: Tensor, sampling: Sampling, randomness: Randomness) -> tuple[Tensor, Tensor]:
-        """One id (1,) and the row that it was drawn from, (V,) or with a trimmed output layer (N,)."""
-        token, q = sampling.draw(logits[: self.n_ids], randomness, "draft model")
+    def offered(self, token: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The id (1,) of a token drawn from the row q, (V,) or with a trimmed output layer (N,)."""
         token = token.clamp(max=len(q) - 1)  # a row of NaN offers the id after the last; the engine sees the row itself
         return token if self.ids is None else self.ids[token], q
 
@@ -146,7 +146,7 @@ class CapturedDraftModel(DraftModel):
         chance, tokens, rows = Numbers(numbers), [], []
         for _ in numbers:
             logits = self.model.forward_at(unread, positions, self.cache.k, self.cache.v)[0, -1]
-            token, q = self.draw(logits, sampling, chance)
+            token, q = self.offered(*sampling.draw(logits[: self.n_ids], chance))
             tokens.append(token)
             rows.append(q)
             unread, positions = token[None], (positions[-1:] + 1).clamp(max=self.context - 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .drafting import Drafter
+from .inference import draw_next
 from .model import Transformer
 from .sampling import Randomness, Rule, Sampling, not_finite, token_wise
 
@@ -75,8 +76,7 @@ def generate(
     trace.mark("prefill")
     token = torch.tensor(text[-1:], device=target.device)
     while len(text) < limit:
-        logits = target(token[None], cache)[0, -1, : target.config.n_ids]  # (V,)
-        token, _ = sampling.draw(logits, randomness, "target")  # (1,)
+        token, _ = draw_next(target, token[None], cache, sampling, randomness, "target")  # (1,)
         text.append(_checked(int(token), target.config.n_ids, "target"))
         trace.tokens.append(text[-1])
         trace.target_passes += 1

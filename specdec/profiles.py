@@ -34,6 +34,7 @@ class Schedule:
     final_fraction: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
+    vocabulary_rate: float = 1.0  # learning rate of embedding and output layer ÷ that of all else (μP, 2203.03466)
     evaluation_batches: int = 8
     checkpoint_seconds: float = 120.0  # at least this often, so that a cut loses little
     compile: bool = False  # torch.compile the training step
@@ -108,9 +109,13 @@ _CPU = Profile(
         "medium": ModelConfig(6, 4, 256, 1, vocab_size=4096, n_ids=4096, context=256, dropout=0.0),
     },
     schedules={
-        "target": Schedule((Phase(600, 40, 1e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
-        "small": Schedule((Phase(300, 40, 2e-3, 0.1, 1, 4, 50),), block_size=256, compile=True),
-        "medium": Schedule((Phase(200, 40, 2e-3, 0.1, 1, 4, 50),), block_size=256, compile=True),
+        "target": Schedule(
+            (Phase(560, 40, 6e-4, 0.1, 1, 4, 70),), block_size=256, vocabulary_rate=6.0, compile=True
+        ),
+        "small": Schedule((Phase(500, 40, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
+        "medium": Schedule(
+            (Phase(200, 40, 8e-4, 0.1, 1, 4, 50),), block_size=256, vocabulary_rate=5.0, compile=True
+        ),
     },
     distillation=Schedule(
         (Phase(200, 40, 2e-3, 0.1, 1, 4, 50), Phase(200, 10, 1e-3, 0.1, 1, 4, 50)), block_size=256, compile=True

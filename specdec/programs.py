@@ -19,7 +19,7 @@ from .checkpoint import put_in_place
 from .data import build_dir
 from .train import source_key
 
-_SOURCES = source_key("sampling", "model", "inference", "programs")
+_SOURCES = source_key("sampling", "model", "programs", "passes", "compiled")
 
 
 class Program:

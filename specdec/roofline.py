@@ -10,14 +10,11 @@ import numpy as np
 import torch
 
 from .bench import clock
-from .inference import FixedShapes, compile_ahead, ready, ready_sampling
+from .compiled import Work
+from .inference import Model, compile_ahead, draw_next, ready, ready_sampling
 from .model import ModelConfig, Transformer
 from .profiles import Profile, get_profile
 from .sampling import Randomness, Sampling
-
-
-Model = Transformer | FixedShapes
-
 
 @dataclass(frozen=True)
 class Step:
@@ -70,8 +67,9 @@ def measure_steps(
     ids = torch.zeros(1, max((length, *rows)), dtype=torch.long, device=device)
 
     def step(model, cache, m):
-        logits = model(ids[:, :m], cache)[0, :, : model.config.n_ids]
-        return int(sampling.draw(logits[-1], randomness)[0]) if m == 1 else sampling.probs(logits)
+        if m == 1:
+            return int(draw_next(model, ids[:, :1], cache, sampling, randomness)[0])
+        return sampling.probs(model(ids[:, :m], cache)[0, :, : model.config.n_ids])
 
     for name, model in fast.items():
         caches[name] = model.new_cache()
@@ -106,7 +104,7 @@ def seconds_by_length(fast: Model, lengths: list[int], repeats: int = 12) -> dic
         for n in lengths:
             cache.length = n - 1  # downwards and up again: the rows beyond were all written
             began = clock()
-            int(randomness.choose(sampling.probs(fast(ids[:, :1], cache)[0, -1, : fast.config.n_ids])))
+            int(draw_next(fast, ids[:, :1], cache, sampling, randomness)[0])
             if i >= 3:
                 timings[n].append(clock() - began)
     return {n: float(np.median(values)) for n, values in timings.items()}
@@ -124,7 +122,8 @@ def survey(
     for name, passes, models in groups:
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
-        compile_ahead({model: (1, 2, 5, 9) if role == "target" else (1,) for role, model in models.items()})
+        several = {"target": map(Work, (2, 5, 9))}
+        compile_ahead({model: [Work(1, draws=True), *several.get(role, ())] for role, model in models.items()})
         steps = measure_steps(models, bandwidth=bandwidth, sampling=ready_sampling(Sampling(), passes))
         rows += [{"sizes": name, "passes": passes, "bandwidth": bandwidth} | row for row in as_rows(steps)]
     return rows

@@ -41,19 +41,20 @@ class Sampling:
         logits = _wide(logits)
         if not math.isfinite(logits.sum()):
             raise ValueError(not_finite(model))
-        return self._of_finite(logits)
+        return self.of_finite(logits)
 
     def probs_or_nan(self, logits: Tensor) -> Tensor:
         """`probs` without a look at the values."""
         logits = _wide(logits)
-        return torch.where(logits.sum(-1, keepdim=True).isfinite(), self._of_finite(logits), torch.nan)
+        return torch.where(logits.sum(-1, keepdim=True).isfinite(), self.of_finite(logits), torch.nan)
 
     def draw(self, logits: Tensor, randomness: "Randomness", model: str = "model") -> tuple[Tensor, Tensor]:
         """One id (1,) from logits (V,), and the distribution (V,) that it was drawn from."""
         probs = self.probs(logits, model)
         return randomness.choose(probs), probs
 
-    def _of_finite(self, logits: Tensor) -> Tensor:
+    def of_finite(self, logits: Tensor) -> Tensor:
+        """`probs` of logits in float32 or float64 that are known to be finite."""
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         if self.temperature != 1:  # shifted first, so that a tiny temperature neither overflows nor blurs

@@ -76,7 +76,7 @@ def train(
     device, chief = model.device, rank == 0
     autocast = torch.autocast(device.type, torch.bfloat16) if has_bf16(device) else nullcontext()
     generator = torch.Generator().manual_seed(schedule.seed)
-    optimizer = make_optimizer(model, schedule.betas)
+    optimizer = make_optimizer(model, schedule.betas, schedule.vocabulary_rate)
     history, done, seconds = History(), 0, 0.0
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # dropout draws from torch's own generator; give it back as it was
@@ -107,7 +107,7 @@ def train(
         for phase, i in steps_from(schedule, done):
             rate = learning_rate(schedule, phase, i)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
                 group["weight_decay"] = phase.weight_decay * group["decays"]
             total = 0.0
             for micro in range(phase.accumulation):
@@ -175,11 +175,17 @@ def tokens_until(schedule: Schedule, iteration: int) -> int:
     return tokens
 
 
-def make_optimizer(model: nn.Module, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms alone; rates are set by the loop."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
+def make_optimizer(model: Transformer, betas: tuple[float, float], vocabulary_rate: float = 1.0) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norms alone. The loop sets the rates; those of the embedding and the output
+    layer, whose rows are seldom trained, are ``vocabulary_rate`` times as high."""
+    vocabulary = [model.embedding.weight, model.head.weight]
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and all(p is not v for v in vocabulary)]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "decays": 1.0}, {"params": others, "decays": 0.0}]
+    groups = [
+        {"params": matrices, "decays": 1.0, "rate": 1.0},
+        {"params": vocabulary, "decays": 1.0, "rate": vocabulary_rate},
+        {"params": others, "decays": 0.0, "rate": 1.0},
+    ]
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 

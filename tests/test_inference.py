@@ -8,10 +8,10 @@ from conftest import make_model
 
 from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, DraftModel, frequent_ids
 from specdec.engine import Trace, generate, speculate
-from specdec.inference import (
-    EXACT_ROWS, PASSES, Captured, CompiledShapes, FixedShapes, compile_ahead, ready, ready_rule, ready_sampling, stream, trimmed,
-)  # fmt: skip
+from specdec.compiled import CompiledShapes, Work, stream
+from specdec.inference import PASSES, compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
 from specdec.model import Transformer
+from specdec.passes import EXACT_ROWS, Captured, FixedShapes
 from specdec.profiles import get_profile
 from specdec.programs import program_path
 from specdec.sampling import RULES, Randomness, Sampling, token_wise
@@ -91,8 +91,9 @@ def test_compiled_passes_are_the_same_passes():
     plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
     assert isinstance(fast, CompiledShapes) and len(fast.sizes) < max(fast.sizes)
     fast.sizes = (1, 5)
-    compile_ahead({fast: fast.sizes})
-    assert all(program_path(*fast.key(rows)).exists() for rows in fast.sizes)
+    works = [Work(rows) for rows in fast.sizes]
+    compile_ahead({fast: works})
+    assert all(program_path(*fast.key(work)).exists() for work in works)
     cache, other = plain.new_cache(), fast.new_cache()
     ids = torch.randint(0, 5, (1, 130), generator=torch.Generator().manual_seed(2))
     # a prompt, one token twice, four that run as five and over a cut, more of the text, its last rows
@@ -112,15 +113,37 @@ def test_compiled_sampling_is_the_same_sampling(sampling):
     fast = ready_sampling(sampling, "compiled")
     wide = 4 * torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits = wide[:, :5].contiguous()
-    for rows in (logits, logits[:2], wide[:, :5], logits[0]):  # several, the fewest, a view, one as it is
+    for rows in (logits, logits[:2], logits[:1], wide[:, :5], logits[0]):  # several, few, one, a view, one as it is
         torch.testing.assert_close(fast.probs(rows), sampling.probs(rows))
-    for seed, row in enumerate(logits):
-        (mine, q), (token, probs) = (s.draw(row, Randomness(seed)) for s in (fast, sampling))
-        assert torch.equal(mine, token)
-        torch.testing.assert_close(q, probs)
     logits[1, 3] = torch.nan
     assert fast.probs(logits).isnan().all(-1).tolist() == [False, True] + 4 * [False]
-    assert fast.draw(logits[1], Randomness(0))[0].tolist() == [5]  # no id: the engine says whose row it was
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_compiled_steps_draw_the_same_tokens():
+    """A prompt, one token, two, every temperature in one program."""
+    model = make_model(**TWO_PROGRAMS)
+    plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
+    samplings = [Sampling(), Sampling(0), Sampling(0.3), Sampling(1e-40)]
+    for sampling in samplings:
+        cache, other = plain.new_cache(), fast.new_cache()
+        for ids in ([1, 0, 2, 1, 4], [3], [2, 2], [0], [1, 4]):
+            for seed in range(5):
+                (mine, q), (token, probs) = (
+                    draw_next(m, torch.tensor([ids]), c, sampling, Randomness(seed)) for m, c in ((fast, other), (plain, cache))
+                )
+                assert torch.equal(mine, token) and cache.length == other.length
+                torch.testing.assert_close(q, probs)
+                for c in (cache, other):
+                    c.truncate(c.length - len(ids) * (seed < 4))
+    assert set(fast.programs) == {Work(1, True), Work(2, True)}
+    model.head.weight.data[0, 0] = torch.nan
+    broken = ready(model, torch.float64, "compiled")
+    with pytest.raises(ValueError, match="the target produced a logit that is not finite"):
+        list(generate(broken, [1], max_new_tokens=2))
+    with pytest.raises(ValueError, match="the draft model produced a logit that is not finite"):
+        list(speculate(fast, [1], drafter=DraftModel(broken), k=2, max_new_tokens=5))
 
 
 @needs_compiler

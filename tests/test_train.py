@@ -97,20 +97,22 @@ def test_each_phase_sets_its_own_rate_and_decay(monkeypatch):
         return step(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    train(toy_model(), toy_data(), TWO_PHASES)
+    train(toy_model(), toy_data(), replace(TWO_PHASES, vocabulary_rate=4.0))
     assert len(seen) == 8
-    for i, (matrices, others) in enumerate(seen):
-        assert matrices["weight_decay"] == (0.1 if i < 5 else 0.2) and others["weight_decay"] == 0.0
-        assert matrices["lr"] == others["lr"]
+    for i, (matrices, vocabulary, others) in enumerate(seen):
+        assert matrices["weight_decay"] == vocabulary["weight_decay"] == (0.1 if i < 5 else 0.2)
+        assert others["weight_decay"] == 0.0
+        assert matrices["lr"] == others["lr"] and vocabulary["lr"] == 4 * matrices["lr"]
     assert seen[0][0]["lr"] == 5e-3 and seen[1][0]["lr"] == seen[2][0]["lr"] == 1e-2 and seen[5][0]["lr"] == 5e-3
 
 
 def test_only_matrices_decay():
     model = toy_model()
-    matrices, others = make_optimizer(model, (0.9, 0.95)).param_groups
+    matrices, vocabulary, others = make_optimizer(model, (0.9, 0.95)).param_groups
     assert all(p.dim() == 2 for p in matrices["params"]) and all(p.dim() == 1 for p in others["params"])
-    assert len(matrices["params"]) + len(others["params"]) == len(list(model.parameters()))
-    assert matrices["decays"] == 1.0 and others["decays"] == 0.0
+    assert {id(p) for p in vocabulary["params"]} == {id(model.embedding.weight), id(model.head.weight)}
+    assert sorted(id(p) for g in (matrices, vocabulary, others) for p in g["params"]) == sorted(map(id, model.parameters()))
+    assert matrices["decays"] == vocabulary["decays"] == 1.0 and others["decays"] == 0.0
 
 
 def test_accumulation_equals_one_large_batch():
