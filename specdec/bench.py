@@ -212,7 +212,11 @@ def time_parts(
     target: Transformer, drafter: Drafter, prompt: list[int], sampling: Sampling, k_max: int, repeats: int = 24,
     rule: Rule = token_wise, timings: Timings | None = None,
 ) -> Timings:  # fmt: skip
-    """Interleaved timings of a round's parts after ``prompt``; given ``timings`` are added to."""
+    """Interleaved timings of a round's parts after ``prompt``; given ``timings`` are added to.
+
+    Each part follows what it follows in a text, because what ran before it decides what the processor's caches hold: a
+    target step another step, a verifying pass the drafting, and both the draft and the decision a verifying pass.
+    """
     randomness, n_ids, cache = Randomness(0, target.device), target.config.n_ids, target.new_cache()
     text = prompt + prompt[-1:]  # the last token is unread, as after every round
     prefill(target, text, cache)
@@ -236,15 +240,17 @@ def time_parts(
         accepted, following = rule(drafted, q, p, randomness)
         return torch.cat([accepted[None], drafted, following]).tolist()
 
-    work = {"target": step, "draft": draft, "decide": decide}
-    work |= {m: partial(verify, m) for m in range(1, k_max + 2)}
+    widest = partial(verify, k_max + 1)
+    work = {"target": (step, step), "draft": (widest, draft), "decide": (widest, decide)}
+    work |= {m: (draft, partial(verify, m)) for m in range(1, k_max + 2)}
     timings = {} if timings is None else timings
     for i in range(repeats + 3):
-        for name, function in work.items():
-            cache.truncate(len(prompt))
-            drafter.truncate(len(prompt))
-            began = clock()
-            function()
+        for name, (before, function) in work.items():
+            for part in (before, function):
+                cache.truncate(len(prompt))
+                drafter.truncate(len(prompt))
+                began = clock()
+                part()
             seconds = clock() - began
             if i >= 3:  # the first ones read the prompt, compile and capture
                 timings.setdefault(name, []).append(seconds / (k_max if name == "draft" else 1))

@@ -203,7 +203,7 @@ def readme_block() -> str:
         parts.append(_peers_table(profile))
         parts.append(_recipes_table(profile))
         parts.append(_losing_cells(profile))
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def write_readme(path: Path = ROOT / "README.md") -> None:
