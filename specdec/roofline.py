@@ -3,7 +3,7 @@
 Random weights will do, because speed does not depend on what a model has learned. Nothing here plots or prints.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -62,7 +62,7 @@ def measure_steps(
     also passes over so many ``rows``, which drafts never make."""
     out, work, caches, timings = [], {}, {}, {}
     device = next(iter(fast.values())).device
-    bandwidth = bandwidth or read_bandwidth(device)
+    before = bandwidth or read_bandwidth(device)
     randomness = Randomness(0, device)
     ids = torch.zeros(1, max((length, *rows)), dtype=torch.long, device=device)
 
@@ -84,6 +84,7 @@ def measure_steps(
             seconds = clock() - began
             if i >= 3:
                 timings.setdefault((name, m), []).append(seconds)
+    bandwidth = bandwidth or max(before, read_bandwidth(device))  # a machine that is shared has slow moments
     median = {key: float(np.median(values)) for key, values in timings.items()}
     for name, model in fast.items():
         one, size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
@@ -117,16 +118,20 @@ def survey(
 
     Random weights do. To compile the large ones takes minutes.
     """
-    bandwidth, rows = read_bandwidth(), []
+    measured = []
     groups = [(profile.name, profile.bench.passes, fast)] + [(large, large_passes, None)] * (large != profile.name)
     for name, passes, models in groups:
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
         several = {"target": map(Work, (2, 5, 9))}
         compile_ahead({model: [Work(1, draws=True), *several.get(role, ())] for role, model in models.items()})
-        steps = measure_steps(models, bandwidth=bandwidth, sampling=ready_sampling(Sampling(), passes))
-        rows += [{"sizes": name, "passes": passes, "bandwidth": bandwidth} | row for row in as_rows(steps)]
-    return rows
+        measured.append((name, passes, measure_steps(models, sampling=ready_sampling(Sampling(), passes))))
+    bandwidth = max(step.bytes / step.floor_seconds for *_, steps in measured for step in steps)
+    return [
+        {"sizes": name, "passes": passes, "bandwidth": bandwidth} | row
+        for name, passes, steps in measured
+        for row in as_rows([replace(step, floor_seconds=step.bytes / bandwidth) for step in steps])
+    ]
 
 
 def as_rows(steps: list[Step]) -> list[dict]:
