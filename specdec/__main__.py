@@ -83,7 +83,6 @@ def parser() -> argparse.ArgumentParser:
         "specdec bench --profile cpu --json bench.json",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
-    sub.add_argument("--compile", action="store_true", help="only compile what the measurement needs; it is kept")
     sub.add_argument("--roofline", action="store_true", help="a decoding step of every model beside the floor that memory sets, "
                      "of the profile's and, with random weights, of the seed's sizes, all compiled; into results/")  # fmt: skip
     sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
@@ -193,10 +192,7 @@ def run_bench(options) -> None:
         return run_peers(options)
     profile = get_profile(options.profile)
     models, data = {name: model_named(profile, name) for name in ("target", "small", "medium")}, tokens_for(profile)
-    equipped = bench.equip(models, profile.bench, data)
-    if options.compile:
-        return bench.compile_rest(*equipped[:2], profile.bench)
-    result = bench.run(*equipped, data, profile.bench)
+    result = bench.run(*bench.equip(models, profile.bench, data), data, profile.bench)
     print(f"{'arm':16s} {'T':>3s} {'tokens/s':>9s} {'speed-up':>9s} {'95% interval':>14s} {'predicted':>9s} {'accepted÷examined':>18s}")
     for cell in result.cells:
         speculative = "predicted" in cell

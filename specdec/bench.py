@@ -8,7 +8,7 @@ totals, never means of ratios; intervals come from a paired bootstrap over promp
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -296,15 +296,6 @@ def equip(
     compile_ahead({target: TARGET_WORK} | dict.fromkeys([*alone.values(), *fast.values()], DRAFT_WORK))
     kind = CapturedDraftModel if captured else DraftModel
     return target, {name: kind(model, ids) for name, model in fast.items()}, alone
-
-
-def compile_rest(target: Transformer, drafters: dict[str, Drafter], config: BenchConfig) -> None:
-    """Write a few tokens in every way that `run` does, so that what `equip` has not compiled yet is compiled now."""
-    few, prompt = replace(config, new_tokens=4), [0] * config.prompt_tokens
-    for sampling in map(Sampling, config.temperatures):
-        for drafter in drafters.values():
-            for k in (1, 2):
-                both(target, drafter, k, few, sampling)(prompt, Randomness(0, target.device), Trace())
 
 
 def split_prompts(data: TokenData, config: BenchConfig) -> tuple[list[list[int]], list[list[int]]]:

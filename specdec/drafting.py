@@ -146,7 +146,7 @@ class CapturedDraftModel(DraftModel):
         chance, tokens, rows = Numbers(numbers), [], []
         for _ in numbers:
             logits = self.model.forward_at(unread, positions, self.cache.k, self.cache.v)[0, -1]
-            token, q = self.offered(*sampling.draw(logits[: self.n_ids], chance))
+            token, q = self.offered(*sampling.draw(logits[: self.n_ids], chance, "draft model"))
             tokens.append(token)
             rows.append(q)
             unread, positions = token[None], (positions[-1:] + 1).clamp(max=self.context - 1)

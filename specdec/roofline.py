@@ -23,9 +23,13 @@ class Step:
     model: str
     dtype: str
     bytes: int  # weights and cached keys and values that one token reads
-    floor_seconds: float  # bytes ÷ measured bandwidth
+    bandwidth: float  # measured, in bytes per second
     seconds: float  # median of a step, sampling included
     rows: dict[int, float]  # v(m): a pass over m rows ÷ a step
+
+    @property
+    def floor_seconds(self) -> float:
+        return self.bytes / self.bandwidth
 
     @property
     def fraction(self) -> float:
@@ -62,7 +66,7 @@ def measure_steps(
     also passes over so many ``rows``, which drafts never make."""
     out, work, caches, timings = [], {}, {}, {}
     device = next(iter(fast.values())).device
-    before = bandwidth or read_bandwidth(device)
+    bandwidths = [bandwidth or read_bandwidth(device)]
     randomness = Randomness(0, device)
     ids = torch.zeros(1, max((length, *rows)), dtype=torch.long, device=device)
 
@@ -84,13 +88,13 @@ def measure_steps(
             seconds = clock() - began
             if i >= 3:
                 timings.setdefault((name, m), []).append(seconds)
-    bandwidth = bandwidth or max(before, read_bandwidth(device))  # a machine that is shared has slow moments
+    bandwidths.append(bandwidth or read_bandwidth(device))  # a machine that is shared has slow moments
     median = {key: float(np.median(values)) for key, values in timings.items()}
     for name, model in fast.items():
         one, size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
         read = bytes_per_token(model.config, length, size)
         ratios = {m: seconds / one for (of, m), seconds in median.items() if of == name and m > 1}
-        out.append(Step(name, str(model.dtype).removeprefix("torch."), read, read / bandwidth, one, ratios))
+        out.append(Step(name, str(model.dtype).removeprefix("torch."), read, max(bandwidths), one, ratios))
     return out
 
 
@@ -126,11 +130,11 @@ def survey(
         several = {"target": map(Work, (2, 5, 9))}
         compile_ahead({model: [Work(1, draws=True), *several.get(role, ())] for role, model in models.items()})
         measured.append((name, passes, measure_steps(models, sampling=ready_sampling(Sampling(), passes))))
-    bandwidth = max(step.bytes / step.floor_seconds for *_, steps in measured for step in steps)
+    bandwidth = max(step.bandwidth for *_, steps in measured for step in steps)
     return [
-        {"sizes": name, "passes": passes, "bandwidth": bandwidth} | row
+        {"sizes": name, "passes": passes} | row
         for name, passes, steps in measured
-        for row in as_rows([replace(step, floor_seconds=step.bytes / bandwidth) for step in steps])
+        for row in as_rows([replace(step, bandwidth=bandwidth) for step in steps])
     ]
 
 
@@ -138,7 +142,7 @@ def as_rows(steps: list[Step]) -> list[dict]:
     """The steps as one flat dict each, for a table."""
     return [
         {key: value for key, value in asdict(s).items() if key != "rows"}
-        | {"fraction": s.fraction}
+        | {"floor_seconds": s.floor_seconds, "fraction": s.fraction}
         | {f"v{m}": v for m, v in s.rows.items()}
         for s in steps
     ]

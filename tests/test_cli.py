@@ -69,12 +69,3 @@ def test_bench_prints_every_cell(capsys, monkeypatch, tmp_path):
     for arm in ("A ", "B small", "B medium", "C small k=1", "C small k=2", "C medium k=2", "A ÷ A", "R²"):
         assert arm in out
     assert (tmp_path / "bench.json").exists()
-
-
-def test_bench_only_compiles(capsys, monkeypatch):
-    from specdec import __main__ as cli
-
-    asked = []
-    monkeypatch.setattr(cli.bench, "both", lambda target, drafter, k, *_: lambda *_: asked.append(k))
-    assert main(["bench", "--profile", "ci", "--compile"]) == 0
-    assert capsys.readouterr().out == "" and set(asked) == {1, 2}

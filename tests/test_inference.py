@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import make_model
 
+from specdec.compiled import CompiledShapes, Work, stream
 from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, DraftModel, frequent_ids
 from specdec.engine import Trace, generate, speculate
-from specdec.compiled import CompiledShapes, Work, stream
 from specdec.inference import PASSES, compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
 from specdec.model import Transformer
 from specdec.passes import EXACT_ROWS, Captured, FixedShapes
