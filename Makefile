@@ -38,7 +38,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
 
 .PHONY: reproduce
-reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (40 min)
+reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (41 min)
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
 endif
@@ -101,15 +101,18 @@ seed-gpu: $(VENV)/.done ## the seed's sizes on one GPU, unattended, in MINUTES=2
 	$(BIN)/python -m specdec reproduce --profile seed --minutes $(MINUTES) $(if $(DATA),--data "$(DATA)")
 
 # side by side, on one core each: nearly all of it is too small for two
+SLOW := tests/test_inference.py tests/test_reproduce.py
 .PHONY: test
-test: $(VENV)/.done ## the tests and every notebook in the ci profile (9 min)
-	@export OMP_NUM_THREADS=1; $(MAKE) test-notebooks > build/test-notebooks.log 2>&1 & notebooks=$$!; \
+test: $(VENV)/.done ## the tests and every notebook in the ci profile (10 min)
+	@export OMP_NUM_THREADS=1; $(MAKE) test-notebooks test-slow > build/test-notebooks.log 2>&1 & other=$$!; \
 	OMP_NUM_THREADS=1 $(MAKE) test-code; code=$$?; \
-	wait $$notebooks; notebooks=$$?; cat build/test-notebooks.log; exit $$((code | notebooks))
+	wait $$other; other=$$?; cat build/test-notebooks.log; exit $$((code | other))
 
-.PHONY: test-code test-notebooks
+.PHONY: test-code test-slow test-notebooks
 test-code:
-	$(BIN)/python -m pytest tests --durations=5
+	$(BIN)/python -m pytest tests $(SLOW:%=--ignore=%) --durations=5
+test-slow:
+	$(BIN)/python -m pytest $(SLOW)
 test-notebooks:
 	SPECDEC_PROFILE=ci SPECDEC_BUILD=$(CURDIR)/build/test SPECDEC_RESULTS=$(CURDIR)/build/test/results \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
