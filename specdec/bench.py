@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from . import theory
-from .compiled import DRAFT_WORK, TARGET_WORK
+from .compiled import ALONE, TARGET_WORK, CompiledShapes, draft_work
 from .data import TokenData, held_out_prompts
-from .drafting import CapturedDraftModel, Drafter, DraftModel, frequent_ids
+from .drafting import CapturedDraftModel, ChainedDraftModel, Drafter, DraftModel, frequent_ids
 from .engine import Trace, generate, prefill, speculate
 from .inference import compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
 from .model import Transformer
@@ -190,21 +190,33 @@ class Costs:
     """What a round is made of, in units of one target-alone step (its sampling included)."""
 
     step_seconds: float  # one target step: one row through the model, probabilities, one draw
-    c: float  # one draft step, as the drafter takes it in a round of k_max ÷ one target step
+    drafts: dict[int, float]  # k draft steps of a round ÷ one target step; the first is slower, its weights are not at hand
     v: dict[int, float]  # a verifying pass over m rows, probabilities included ÷ one target step
     o: float  # deciding and rolling back, per round ÷ one target step
+
+    @property
+    def c(self) -> float:
+        """One draft step of a long round ÷ one target step."""
+        k = max(self.drafts)
+        return self.drafts[k] / k
+
+    def draft(self, k: int) -> float:
+        """k draft steps, interpolated between the measured k."""
+        return float(np.interp(k, [0, *self.drafts], [0, *self.drafts.values()]))
 
     def verify(self, m: int) -> float:
         """v(m), interpolated between the measured m."""
         return float(np.interp(m, list(self.v), list(self.v.values())))
 
 
-def mean_verify(costs: Costs, lengths: list[int], m: int) -> float:
-    """v(m) of a drafter whose proposals are sometimes shorter than the m − 1 tokens that it was asked for."""
-    return float(np.mean([costs.verify(min(m, n + 1)) for n in lengths]))
+def mean_verdict(costs: Costs, lengths: list[int], m: int) -> float:
+    """v(m) + o of a drafter whose proposals are sometimes shorter than the m − 1 tokens that it was asked for. Where it
+    proposes none, nothing is decided."""
+    rows = [min(m, n + 1) for n in lengths]
+    return float(np.mean([costs.verify(m) + costs.o * (m > 1) for m in rows]))
 
 
-Timings = dict[str | int, list[float]]  # seconds of "target", "draft", "decide" and, by its rows, of the verifying pass
+Timings = dict[tuple[str, int], list[float]]  # seconds of ("target", 1), ("draft", k), ("verify", rows), ("decide", k)
 
 
 @torch.inference_mode()
@@ -227,22 +239,23 @@ def time_parts(
         return int(draw_next(target, block[:, :1], cache, sampling, randomness)[0])
 
     def verify(m):
-        return sampling.probs(target(block[:, :m], cache)[0, :, :n_ids])
+        return step() if m == 1 else sampling.probs(target(block[:, :m], cache)[0, :, :n_ids])
 
     p = verify(k_max + 1)
     q = p[:-1].roll(1, 0)
     drafted = torch.cat([randomness.choose(row) for row in q])
 
-    def draft():
-        return drafter.propose(text, k_max, sampling, randomness)
+    def draft(k):
+        return drafter.propose(text, k, sampling, randomness)
 
     def decide():
         accepted, following = rule(drafted, q, p, randomness)
         return torch.cat([accepted[None], drafted, following]).tolist()
 
     widest = partial(verify, k_max + 1)
-    work = {"target": (step, step), "draft": (widest, draft), "decide": (widest, decide)}
-    work |= {m: (draft, partial(verify, m)) for m in range(1, k_max + 2)}
+    work = {("target", 1): (step, step), ("decide", k_max): (widest, decide)}
+    work |= {("draft", k): (widest, partial(draft, k)) for k in range(1, k_max + 1)}
+    work |= {("verify", m): (partial(draft, max(1, m - 1)), partial(verify, m)) for m in range(1, k_max + 2)}
     timings = {} if timings is None else timings
     for i in range(repeats + 3):
         for name, (before, function) in work.items():
@@ -253,16 +266,16 @@ def time_parts(
                 part()
             seconds = clock() - began
             if i >= 3:  # the first ones read the prompt, compile and capture
-                timings.setdefault(name, []).append(seconds / (k_max if name == "draft" else 1))
+                timings.setdefault(name, []).append(seconds)
     return timings
 
 
 def costs_of(timings: Timings) -> Costs:
     """Medians, in target steps."""
     median = {name: float(np.median(values)) for name, values in timings.items()}
-    one = median["target"]
-    v = {m: seconds / one for m, seconds in median.items() if isinstance(m, int)}
-    return Costs(one, median["draft"] / one, v, median["decide"] / one)
+    one = median["target", 1]
+    steps = {part: {n: t / one for (of, n), t in median.items() if of == part} for part in ("draft", "verify", "decide")}
+    return Costs(one, steps["draft"], steps["verify"], *steps["decide"].values())
 
 
 @dataclass
@@ -293,9 +306,16 @@ def equip(
         passes = "eager" if captured else config.passes  # the whole chain of drafts is captured, not its steps
         cut = {name: model if ids is None else trimmed(model, ids) for name, model in drafts.items()}
         fast = {name: ready(model, config.dtype, passes) for name, model in cut.items()}
-    compile_ahead({target: TARGET_WORK} | dict.fromkeys([*alone.values(), *fast.values()], DRAFT_WORK))
-    kind = CapturedDraftModel if captured else DraftModel
-    return target, {name: kind(model, ids) for name, model in fast.items()}, alone
+    work = {model: draft_work(model.config) for model in fast.values()}
+    work |= {model: work.get(model, ()) + ALONE for model in alone.values()}
+    compile_ahead(work | {target: TARGET_WORK})
+
+    def drafter(model):
+        if isinstance(model, CompiledShapes):
+            return ChainedDraftModel(model, ids)
+        return (CapturedDraftModel if captured else DraftModel)(model, ids)
+
+    return target, {name: drafter(model) for name, model in fast.items()}, alone
 
 
 def split_prompts(data: TokenData, config: BenchConfig) -> tuple[list[list[int]], list[list[int]]]:
@@ -334,12 +354,12 @@ def run(
             rounds = [trace for k in config.ks for trace in by_k[k]]
             out.by_position[key] = acceptance_by_position(rounds, k_max)
             alphas, lengths = acceptance_of_wanted(by_k)
-            verify = partial(mean_verify, costs, lengths or [k_max])
+            verdict = partial(mean_verdict, costs, lengths or [k_max])
             out.alpha[key] = alpha(kept_probs(target, drafter, sweep, k_max, config, sampling))
             prefill_steps = np.mean([t.seconds["prefill"] for t in rounds]) / costs.step_seconds
             table = {k: cell(rows, f"C {name} k={k}", "A") for k in config.ks}
             for k, line in table.items():
-                cost = theory.text_cost(n, alphas, k, costs.c, verify, costs.o)
+                cost = theory.text_cost(n, alphas, k, costs.draft, verdict)
                 predicted = (prefill_steps + n) / (prefill_steps + cost)
                 line |= {"draft": name, "temperature": temperature, "k": k, "predicted": predicted}
             best = max(table, key=lambda k: table[k]["speedup"])

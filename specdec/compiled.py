@@ -17,7 +17,10 @@ from .passes import FixedShapes
 from .programs import Program
 from .sampling import Numbers, Randomness, Rule, Sampling
 
-COMPILED = (1, 2, 3, 4, 5, 9)  # rows of the compiled programs, half a minute of compiling each; k is best at most 8
+COMPILED = (3, 5, 9)  # rows of the compiled passes, half a minute of compiling each; k is best at most 8
+PLACES, SUMS = (4, 2, 1), 12  # where a matrix is read at once; sums that fit into 16 registers beside what they add up
+CHAINS = (4, 1)  # tokens that one program drafts
+DEEPEST = 8  # layers of a draft in one program, counting each as often as it runs: compiling takes as long as it is deep
 CUT = 64  # rows of the cache that a compiled pass reads more as the text grows
 
 
@@ -25,7 +28,8 @@ class StreamedLinear(nn.Module):
     """A Linear for the compiler and few rows: each weight is loaded once and multiplied with every row while it is there.
 
     Decoding is as fast as memory delivers the weights. Library products of so few rows reach a third of that speed on
-    some machines; these sums come closer to it, for several rows too.
+    some machines; these sums come closer to it, for several rows too. The matrix is read at several places at once, as
+    many as its sums have registers for: a core that waits for one place computes at another.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -33,9 +37,11 @@ class StreamedLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)  # (N, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = stored(x.reshape(-1, x.shape[-1]))  # (B·T, C)
-        products = [(self.weight * row).sum(-1) for row in rows.unbind(0)]  # the compiler makes one loop of them
-        return torch.stack(products).view(*x.shape[:-1], -1)
+        rows = stored(x.reshape(-1, x.shape[-1])).unbind(0)  # B·T of (C,)
+        places = next(n for n in PLACES if len(self.weight) % n == 0 and (n == 1 or n * len(rows) <= SUMS))
+        parts = self.weight.view(places, -1, self.weight.shape[-1]).unbind(0)
+        # the compiler makes one loop of all these sums
+        return torch.cat([(part * row).sum(-1) for row in rows for part in parts]).view(*x.shape[:-1], -1)
 
 
 def streamed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
@@ -71,16 +77,26 @@ def stored(x: Tensor) -> Tensor:
 
 
 class Work(NamedTuple):
-    """What one program does: a pass over so many rows; or a step, which also draws the token that follows."""
+    """What one program does: a pass over so many rows, and after it so many steps, each drawing the token that follows."""
 
     rows: int
-    draws: bool = False
+    draws: int = 0
     top_k: int | None = None  # the filters of a step's sampling; every temperature is in one program
     top_p: float | None = None
 
 
-TARGET_WORK = (Work(1, draws=True), *map(Work, COMPILED))  # what a benchmark asks of a target
-DRAFT_WORK = Work(1, draws=True), Work(2, draws=True)  # … and of a draft
+ALONE = (Work(1, draws=1),)  # what a benchmark asks of a model that writes alone
+TARGET_WORK = ALONE + tuple(map(Work, COMPILED))  # … and of one that verifies
+
+
+def chains(config: ModelConfig) -> tuple[int, ...]:
+    """How many tokens a draft's programs draft in one go, longest first."""
+    return tuple(n for n in CHAINS if n == 1 or n * config.n_layers <= DEEPEST)
+
+
+def draft_work(config: ModelConfig) -> tuple[Work, ...]:
+    """What a benchmark asks of a draft."""
+    return tuple(Work(2, draws=n) for n in chains(config))
 
 
 class CompiledShapes(FixedShapes):
@@ -98,16 +114,19 @@ class CompiledShapes(FixedShapes):
     def read(self, ids: Tensor, positions: Tensor, cache: "CutCache") -> Tensor:
         return self.program(Work(ids.shape[1]))(ids, positions, *cache.layers())[0]
 
-    def draw(self, ids: Tensor, cache: "CutCache", sampling: Sampling, randomness: Randomness) -> tuple[Tensor, Tensor]:
-        """The token (1,) after ids (1, T), and the row (V,) that it was drawn from, the last two ids at most in one
-        call. Like an accelerator it does not look for NaN."""
+    def draw(
+        self, ids: Tensor, cache: "CutCache", sampling: Sampling, randomness: Randomness, n: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from, in one call but for a prompt.
+        The last one is not read. Like an accelerator it does not look for NaN."""
         if ids.shape[1] > 2:
-            self.model(ids[:, :-1], cache)  # a prompt
-            ids = ids[:, -1:]
-        start = cache.append(ids.shape[1])
-        step = self.program(Work(ids.shape[1], True, sampling.top_k, sampling.top_p))
-        chance = randomness.uniforms(1), _number(sampling.temperature)
-        return tuple(step(ids, self.positions[start : cache.length], *chance, *cache.layers()))
+            self.model(ids[:, :-2], cache)  # a prompt
+            ids = ids[:, -2:]
+        rows = ids.shape[1]
+        start = cache.append(rows + n - 1)
+        steps = self.program(Work(rows, n, sampling.top_k, sampling.top_p))
+        chance = randomness.uniforms(n), _number(sampling.temperature)
+        return tuple(steps(ids, self.positions[start : start + rows], *chance, *cache.layers()))
 
     def program(self, work: Work) -> Program:
         if work not in self.programs:
@@ -117,18 +136,19 @@ class CompiledShapes(FixedShapes):
     def build(self, work: Work) -> Program:
         def inputs():
             layers = CutCache(self.config, self.dtype).layers(min(CUT, self.config.context))
-            chance = (torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)) if work.draws else ()
+            numbers = torch.zeros(work.draws, dtype=torch.float64)
+            chance = (numbers, torch.ones(1, dtype=torch.float64)) if work.draws else ()
             return torch.zeros(1, work.rows, dtype=torch.long), torch.arange(work.rows), *chance, layers
 
         filled = torch.export.Dim("filled", min=2, max=self.config.context)
         layers = [{2: filled}] * (2 * self.config.n_layers)
         if work.draws:
-            return Program(*self.key(work), ShortStep(self.short, work), inputs, (None, None, None, None, layers))
+            return Program(*self.key(work), ShortSteps(self.short, work), inputs, (None, None, None, None, layers))
         return Program(*self.key(work), ShortPass(self.short), inputs, (None, None, layers))
 
     def key(self, work: Work) -> tuple[str, tuple]:
         """Name of the program, and all that it depends on but the code: sizes, type, and the ids that are offered."""
-        name = f"{'step' if work.draws else 'pass'}-of-{work.rows}"
+        name = f"pass-of-{work.rows}" + f"-draws-{work.draws}" * (work.draws > 0)
         return name, (work, self.config, self.dtype, self.short.head.weight.shape[0])
 
 
@@ -149,16 +169,30 @@ class ShortPass(nn.Module):
         return self.model.forward_at(ids, positions, layers[:n], layers[n:])
 
 
-class ShortStep(ShortPass):
-    """A pass and the draw of the next token (1,), with the row (V,) it was drawn from, out of a uniform ``number`` (1,)."""
+class ShortSteps(ShortPass):
+    """A pass and the draw of the next token out of a uniform number, as often as there are ``numbers`` (n,): the tokens
+    (n,), and the rows (n, V) that they were drawn from."""
 
     def __init__(self, model: Transformer, work: Work):
         super().__init__(model)
         self.filters = Sampling(1, work.top_k, work.top_p)
         self.n_offered = min(model.head.weight.shape[0], model.config.n_ids)
 
-    def forward(self, ids: Tensor, positions: Tensor, number: Tensor, temperature: Tensor, layers: list[Tensor]):
-        logits = super().forward(ids, positions, layers)[0, -1, : self.n_offered]
+    def forward(self, ids: Tensor, positions: Tensor, numbers: Tensor, temperature: Tensor, layers: list[Tensor]):
+        tokens, rows = [], []
+        for number in numbers.split(1):
+            logits = super().forward(ids, positions, layers)[0, -1, : self.n_offered]
+            token, probs = self.draw(logits, number, temperature)
+            tokens.append(token)
+            rows.append(probs)
+            token = token.clamp(max=self.n_offered - 1)  # after a row of NaN, which the engine sees itself
+            offered = self.model.offered
+            ids = (token if offered is None else offered[token])[None]
+            positions = positions[-1:] + 1
+        return torch.cat(tokens), torch.stack(rows)
+
+    def draw(self, logits: Tensor, number: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """One token (1,) from logits (V,), and the row (V,) that it was drawn from."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         largest, ids = logits.amax(), torch.arange(self.n_offered)
         first = torch.where(logits == largest, ids, self.n_offered).amin()  # an argmax that the compiler vectorises

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .compiled import CompiledShapes, chains
 from .data import TokenData
 from .inference import Model, draw_next
 from .model import Transformer
@@ -77,15 +78,15 @@ class DraftModel:
             tokens.append(token)
             rows.append(q)
             unread = token[None]  # (1, 1)
-        return Draft(torch.cat(tokens), self.spread(torch.stack(rows)))
+        return Draft(torch.cat(tokens), self.spread(torch.cat(rows)))
 
     def goes_on(self, rows: list[Tensor]) -> bool:
         """Whether to draft one more token after those drawn from ``rows``."""
         return True
 
     def offered(self, token: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The id (1,) of a token drawn from the row q, (V,) or with a trimmed output layer (N,)."""
-        token = token.clamp(max=len(q) - 1)  # a row of NaN offers the id after the last; the engine sees the row itself
+        """The ids (n,) of tokens drawn from the rows q, (n, V) or with a trimmed output layer (n, N)."""
+        token = token.clamp(max=q.shape[-1] - 1)  # a row of NaN offers the id after the last; the engine sees it itself
         return token if self.ids is None else self.ids[token], q
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -110,6 +111,30 @@ class AdaptiveDraftModel(DraftModel):
 
     def goes_on(self, rows: list[Tensor]) -> bool:
         return math.prod(float(q.amax()) for q in rows) >= self.least
+
+
+class ChainedDraftModel(DraftModel):
+    """The same on compiled passes, with up to four steps of a round as one program: between them nothing waits for
+    Python. Every program begins with the last two tokens, of which one is usually known, so that it serves all rounds."""
+
+    def __init__(self, model: CompiledShapes, ids: Tensor | None = None):
+        super().__init__(model, ids)
+        self.chains = chains(model.config)
+
+    def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
+        if k == 0:
+            return no_draft(self.n_ids, self.model.device)
+        tokens, rows, end = [], [], len(text)
+        unread = torch.tensor([text[min(self.cache.length, max(0, end - 2)) :]])  # (1, 2), or a prompt
+        while end < len(text) + k:
+            self.cache.truncate(max(0, end - 2))
+            n = next(n for n in self.chains if n <= len(text) + k - end and (n == 1 or end > 1))
+            token, q = self.offered(*self.model.draw(unread, self.cache, sampling, randomness, n))
+            tokens.append(token)
+            rows.append(q)
+            end += n
+            unread = torch.cat([unread[0], token])[None, -2:]
+        return Draft(torch.cat(tokens), self.spread(torch.cat(rows)))
 
 
 class CapturedDraftModel(DraftModel):

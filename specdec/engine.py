@@ -129,12 +129,17 @@ def speculate(
 
         # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
         unread = torch.cat([torch.tensor(text[cache.length :], device=target.device), drafted])
-        logits = target(unread[None], cache)[0, :, : target.config.n_ids]  # (k+1, V)
-        p = sampling.probs(logits, "target")
-        trace.mark("verify")
+        if len(drafted):
+            logits = target(unread[None], cache)[0, :, : target.config.n_ids]  # (k+1, V)
+            p = sampling.probs(logits, "target")
+            trace.mark("verify")
 
-        # 3. Decide: a prefix of the drafts stays, and one token of the target's own follows it.
-        accepted, following = rule(drafted, q, p, randomness)
+            # 3. Decide: a prefix of the drafts stays, and one token of the target's own follows it.
+            accepted, following = rule(drafted, q, p, randomness)
+        else:  # nothing to decide: a plain step of the target
+            following, p = draw_next(target, unread[None], cache, sampling, randomness, "target")
+            accepted = 0
+            trace.mark("verify")
         decision = torch.cat([torch.as_tensor(accepted, device=target.device)[None], drafted, following])
         accepted, *proposal, following = decision.tolist()  # the only time that the host waits for the device
         _checked(following, target.config.n_ids, "target", q)

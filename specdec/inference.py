@@ -102,17 +102,19 @@ def trimmed(model: Transformer, ids: Tensor) -> Transformer:
     head = nn.Linear(model.config.width, len(ids), bias=False, device="meta")
     head.weight = nn.Parameter(model.head.weight.detach()[ids])
     model.head = head
+    model.offered = ids.clone()
     return model
 
 
 def draw_next(
     model: Model, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, name: str = "model"
 ) -> tuple[Tensor, Tensor]:
-    """The token (1,) that follows ids (1, T), which continue the text in ``cache``, and the row it was drawn from: (V,),
-    or (N,) of a model with a trimmed output layer. ``name`` is whom to blame for a logit that is not finite."""
+    """The token (1,) that follows ids (1, T), which continue the text in ``cache``, and the row it was drawn from: (1, V),
+    or (1, N) of a model with a trimmed output layer. ``name`` is whom to blame for a logit that is not finite."""
     if isinstance(model, CompiledShapes):
         return model.draw(ids, cache, sampling, randomness)
-    return sampling.draw(model(ids, cache)[0, -1, : model.config.n_ids], randomness, name)
+    token, probs = sampling.draw(model(ids, cache)[0, -1, : model.config.n_ids], randomness, name)
+    return token, probs[None]
 
 
 def compile_ahead(models: dict[Model, Sequence[Work]]) -> None:

@@ -138,6 +138,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.register_buffer("offered", None, persistent=False)  # ids of a trimmed output layer; None: all, in their order
         cos, sin = rotary_tables(config.context, config.head_size, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)  # (context, D/2)
         self.register_buffer("sin", sin, persistent=False)

@@ -110,7 +110,7 @@ _CPU = Profile(
     },
     schedules={
         "target": Schedule(
-            (Phase(560, 40, 6e-4, 0.1, 1, 4, 70),), block_size=256, vocabulary_rate=6.0, compile=True
+            (Phase(480, 40, 6e-4, 0.1, 1, 4, 60),), block_size=256, vocabulary_rate=6.0, compile=True
         ),
         "small": Schedule((Phase(500, 40, 2e-3, 0.1, 1, 4, 100),), block_size=256, compile=True),
         "medium": Schedule(

@@ -57,6 +57,7 @@ def build(module: nn.Module, inputs: Callable[[], tuple], shapes, threads: int, 
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {
         "cpp.threads": threads,
+        "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one instruction
         "aot_inductor.package_constants_in_so": False,
         "always_keep_tensor_constants": True,  # or a weight of up to 8 numbers would become part of the code
     }

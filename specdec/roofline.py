@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .bench import clock
-from .compiled import Work
+from .compiled import COMPILED, Work
 from .inference import Model, compile_ahead, draw_next, ready, ready_sampling
 from .model import ModelConfig, Transformer
 from .profiles import Profile, get_profile
@@ -127,7 +127,7 @@ def survey(
     for name, passes, models in groups:
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
-        several = {"target": map(Work, (2, 5, 9))}
+        several = {"target": map(Work, COMPILED)}
         compile_ahead({model: [Work(1, draws=True), *several.get(role, ())] for role, model in models.items()})
         measured.append((name, passes, measure_steps(models, sampling=ready_sampling(Sampling(), passes))))
     bandwidth = max(step.bandwidth for *_, steps in measured for step in steps)

@@ -33,20 +33,27 @@ def tokens_per_round(alpha: float | Sequence[float], k: int | None = None) -> fl
     return expected
 
 
-def round_cost(k: int, c: float, v: Callable[[int], float] | float = 1.0, o: float = 0.0) -> float:
-    """Cost of one round in target steps: k·c + v(k+1) + o. ``v`` is a number or a function of the rows verified."""
-    return k * c + (v(k + 1) if callable(v) else v) + o
+Cost = Callable[[int], float] | float
+
+
+def round_cost(k: int, c: Cost, v: Cost = 1.0, o: float = 0.0) -> float:
+    """Cost of one round in target steps: k·c + v(k+1) + o.
+
+    ``c`` is a number, or a function that gives the cost of so many draft steps together; ``v`` is a number or a function
+    of the rows verified.
+    """
+    return (c(k) if callable(c) else k * c) + (v(k + 1) if callable(v) else v) + o
 
 
 def speedup(
-    alpha: float | Sequence[float], k: int, c: float, v: Callable[[int], float] | float = 1.0, o: float = 0.0
+    alpha: float | Sequence[float], k: int, c: Cost, v: Cost = 1.0, o: float = 0.0
 ) -> float:
     """Tokens per second of speculation ÷ of the target alone: E / (k·c + v(k+1) + o)."""
     return tokens_per_round(alpha, k) / round_cost(k, c, v, o)
 
 
 def text_cost(
-    n: int, alphas: Sequence[float], k: int, c: float, v: Callable[[int], float] | float = 1.0, o: float = 0.0
+    n: int, alphas: Sequence[float], k: int, c: Cost, v: Cost = 1.0, o: float = 0.0
 ) -> float:
     """Expected cost in target steps of a text of n tokens, whose last rounds draft less: no more than is still wanted."""
     cost = [0.0]  # of the last m tokens
@@ -62,8 +69,8 @@ def text_cost(
 
 def best_k(
     alpha: float | Sequence[float],
-    c: float,
-    v: Callable[[int], float] | float = 1.0,
+    c: Cost,
+    v: Cost = 1.0,
     o: float = 0.0,
     k_max: int = 16,
 ) -> int:

@@ -61,9 +61,16 @@ def test_a_wanted_draft_that_is_not_there_counts_as_refused():
     alphas, lengths = bench.acceptance_of_wanted({2: [trace]})
     assert alphas == [1.0, 0.5]  # the first round offered one of two; the last one had no room for any
     assert lengths == [1, 2]
-    costs = bench.Costs(1.0, 0.0, {1: 1.0, 2: 1.2, 3: 1.6}, 0.0)
-    assert bench.mean_verify(costs, lengths, 3) == pytest.approx(1.4)
-    assert bench.mean_verify(costs, lengths, 2) == pytest.approx(1.2)
+    costs = bench.Costs(1.0, {1: 0.0}, {1: 1.0, 2: 1.2, 3: 1.6}, 0.1)
+    assert bench.mean_verdict(costs, lengths, 3) == pytest.approx(1.4 + 0.1)
+    assert bench.mean_verdict(costs, lengths, 2) == pytest.approx(1.2 + 0.1)
+    assert bench.mean_verdict(costs, [0, 1], 3) == pytest.approx((1.0 + 1.2 + 0.1) / 2)  # no draft, nothing to decide
+
+
+def test_the_first_draft_of_a_round_may_cost_more():
+    costs = bench.Costs(1.0, {1: 0.3, 3: 0.5}, {1: 1.0}, 0.0)
+    assert [costs.draft(k) for k in range(4)] == pytest.approx([0, 0.3, 0.4, 0.5]) and costs.c == pytest.approx(0.5 / 3)
+    assert theory.round_cost(2, costs.draft, 1.2, 0.1) == pytest.approx(0.4 + 1.2 + 0.1)
 
 
 def test_the_prediction_of_a_model_that_always_drafts_is_the_plain_one(pair):
@@ -94,7 +101,8 @@ def test_identical_models_accept_everything(pair):
 def test_costs_are_positive_and_caches_are_left_alone(pair):
     timings = bench.time_parts(pair[0], DraftModel(pair[1]), [1, 2, 3], Sampling(), k_max=3, repeats=3)
     costs = bench.costs_of(timings)
-    assert costs.c > 0 and costs.o > 0 and set(costs.v) == {1, 2, 3, 4} and all(v > 0 for v in costs.v.values())
+    assert costs.c > 0 and costs.o > 0 and set(costs.drafts) == {1, 2, 3} and set(costs.v) == {1, 2, 3, 4}
+    assert min(*costs.drafts.values(), *costs.v.values()) > 0
     assert costs.verify(2) == pytest.approx(costs.v[2])
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 
 from specdec.compiled import CompiledShapes, Work, stream
-from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, DraftModel, frequent_ids
+from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, ChainedDraftModel, DraftModel, frequent_ids
 from specdec.engine import Trace, generate, speculate
 from specdec.inference import PASSES, compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
 from specdec.model import Transformer
@@ -90,13 +90,13 @@ def test_compiled_passes_are_the_same_passes():
     model = make_model(**TWO_PROGRAMS)
     plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
     assert isinstance(fast, CompiledShapes) and len(fast.sizes) < max(fast.sizes)
-    fast.sizes = (1, 5)
+    fast.sizes = (2, 5)
     works = [Work(rows) for rows in fast.sizes]
     compile_ahead({fast: works})
     assert all(program_path(*fast.key(work)).exists() for work in works)
     cache, other = plain.new_cache(), fast.new_cache()
     ids = torch.randint(0, 5, (1, 130), generator=torch.Generator().manual_seed(2))
-    # a prompt, one token twice, four that run as five and over a cut, more of the text, its last rows
+    # a prompt, one token twice, that runs as two, four that run as five and over a cut, more of the text, its last rows
     for start, end in ((0, 60), (60, 61), (61, 62), (62, 66), (66, 126), (126, 130)):
         torch.testing.assert_close(fast(ids[:, start:end], other), plain(ids[:, start:end], cache))
         other.truncate(end - 1), cache.truncate(end - 1)  # rolled back and read again
@@ -135,9 +135,10 @@ def test_compiled_steps_draw_the_same_tokens():
                 )
                 assert torch.equal(mine, token) and cache.length == other.length
                 torch.testing.assert_close(q, probs)
+                assert q.shape == (1, 5)
                 for c in (cache, other):
                     c.truncate(c.length - len(ids) * (seed < 4))
-    assert set(fast.programs) == {Work(1, True), Work(2, True)}
+    assert set(fast.programs) == {Work(1, 1), Work(2, 1)}
     model.head.weight.data[0, 0] = torch.nan
     broken = ready(model, torch.float64, "compiled")
     with pytest.raises(ValueError, match="the target produced a logit that is not finite"):
@@ -164,14 +165,35 @@ def test_a_compiled_rule_decides_the_same():
 def test_compiled_text_is_the_same_text(sampling):
     target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
     fast, drafts = (ready(model, torch.float64, "compiled") for model in (target, draft))
-    fast.sizes = drafts.sizes = (1, 5)  # two programs in all: both models are of one size
+    fast.sizes = (2, 5)
     options = {"rule": ready_rule(token_wise, "compiled"), "sampling": ready_sampling(sampling, "compiled")}
-    assert texts(fast, DraftModel(drafts), **options) == texts(target, DraftModel(draft), sampling=sampling)
+    plain = texts(target, DraftModel(draft), sampling=sampling)
+    assert texts(fast, DraftModel(drafts), **options) == plain
+    assert texts(fast, ChainedDraftModel(drafts), **options) == plain
     own, plain = (
         list(generate(model, [1], max_new_tokens=12, sampling=s, randomness=Randomness(3)))
         for model, s in ((fast, options["sampling"]), (target, sampling))
     )
     assert own == plain
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_chained_drafts_are_the_same_drafts():
+    """Long proposals in programs of four steps and of one, of a trimmed draft, from a text of one token and from longer
+    ones; and no round reads more than it must."""
+    ids = torch.tensor([0, 2, 3, 4])
+    target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
+    plain = DraftModel(trimmed(draft, ids), ids)
+    chained = ChainedDraftModel(ready(trimmed(draft, ids), torch.float64, "compiled"), ids)
+    assert chained.chains == (4, 1)
+    for k in (1, 4, 7):
+        for prompt in ([1], [1, 0], [1, 0, 2, 4]):
+            assert texts(target, chained, k=k, n=14, prompt=prompt) == texts(target, plain, k=k, n=14, prompt=prompt)
+    read, model, trace = [], chained.model.model, Trace()
+    chained.model.model = lambda ids, cache: read.append(ids.shape[1]) or model(ids, cache)
+    list(speculate(draft, [1, 0, 2, 4], drafter=chained, k=5, max_new_tokens=40, randomness=Randomness(0), trace=trace))
+    assert any(r.accepted == 5 for r in trace.rounds) and read == [2]  # of the prompt; all else is in the programs
 
 
 def test_compiled_passes_are_for_the_cpu():
