@@ -128,7 +128,7 @@ def survey(
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
         several = {"target": map(Work, COMPILED)}
-        compile_ahead({model: [Work(1, draws=True), *several.get(role, ())] for role, model in models.items()})
+        compile_ahead({model: [Work(1, draws=1), *several.get(role, ())] for role, model in models.items()})
         measured.append((name, passes, measure_steps(models, sampling=ready_sampling(Sampling(), passes))))
     bandwidth = max(step.bandwidth for *_, steps in measured for step in steps)
     return [
