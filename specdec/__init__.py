@@ -2,7 +2,7 @@
 
 import os
 
-# Weights in large pages, where the system offers them, are read 6 % faster; torch looks when it first allocates.
+# Weights in large pages, where the system offers them, are read faster; torch looks when it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

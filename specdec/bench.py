@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import theory
-from .compiled import ALONE, TARGET_WORK, CompiledShapes, draft_work
+from .compiled import ALONE_WORK, TARGET_WORK, CompiledShapes, draft_work
 from .data import TokenData, held_out_prompts
 from .drafting import CapturedDraftModel, ChainedDraftModel, Drafter, DraftModel, frequent_ids
 from .engine import Trace, generate, prefill, speculate
@@ -307,7 +307,7 @@ def equip(
         cut = {name: model if ids is None else trimmed(model, ids) for name, model in drafts.items()}
         fast = {name: ready(model, config.dtype, passes) for name, model in cut.items()}
     work = {model: draft_work(model.config) for model in fast.values()}
-    work |= {model: work.get(model, ()) + ALONE for model in alone.values()}
+    work |= {model: work.get(model, ()) + ALONE_WORK for model in alone.values()}
     compile_ahead(work | {target: TARGET_WORK})
 
     def drafter(model):

@@ -85,8 +85,8 @@ class Work(NamedTuple):
     top_p: float | None = None
 
 
-ALONE = (Work(1, draws=1),)  # what a benchmark asks of a model that writes alone
-TARGET_WORK = ALONE + tuple(map(Work, COMPILED))  # … and of one that verifies
+ALONE_WORK = (Work(1, draws=1),)  # what a benchmark asks of a model that writes alone
+TARGET_WORK = ALONE_WORK + tuple(map(Work, COMPILED))  # … and of one that verifies
 
 
 def chains(config: ModelConfig) -> tuple[int, ...]:
@@ -226,10 +226,9 @@ class CompiledSampling(Sampling):
     NaN."""
 
     def probs(self, logits: Tensor, model: str = "model") -> Tensor:
-        if logits.dim() != 2:
+        if logits.dim() != 2 or len(logits) == 1:  # no verifying pass
             return super().probs(logits, model)
-        rows = logits.expand(2, -1) if len(logits) == 1 else logits  # the program is for two and more
-        return _rows_program(self, *_kind(logits))(rows.contiguous())[0][: len(logits)]
+        return _rows_program(self, *_kind(logits))(logits.contiguous())[0]
 
 
 def _kind(logits: Tensor) -> tuple[int, torch.dtype]:

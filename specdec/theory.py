@@ -45,16 +45,12 @@ def round_cost(k: int, c: Cost, v: Cost = 1.0, o: float = 0.0) -> float:
     return (c(k) if callable(c) else k * c) + (v(k + 1) if callable(v) else v) + o
 
 
-def speedup(
-    alpha: float | Sequence[float], k: int, c: Cost, v: Cost = 1.0, o: float = 0.0
-) -> float:
+def speedup(alpha: float | Sequence[float], k: int, c: Cost, v: Cost = 1.0, o: float = 0.0) -> float:
     """Tokens per second of speculation ÷ of the target alone: E / (k·c + v(k+1) + o)."""
     return tokens_per_round(alpha, k) / round_cost(k, c, v, o)
 
 
-def text_cost(
-    n: int, alphas: Sequence[float], k: int, c: Cost, v: Cost = 1.0, o: float = 0.0
-) -> float:
+def text_cost(n: int, alphas: Sequence[float], k: int, c: Cost, v: Cost = 1.0, o: float = 0.0) -> float:
     """Expected cost in target steps of a text of n tokens, whose last rounds draft less: no more than is still wanted."""
     cost = [0.0]  # of the last m tokens
     for m in range(1, n + 1):
