@@ -59,9 +59,12 @@ def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
     report.update_headline("cpu", speedup={"T0": {"value": 2.0, "ci95": [1.9, 2.1], "k": 4}, "T1": report.HEADLINE["speedup"]["T1"]})
     cells = [{"draft": "small", "temperature": 0.0, "k": 4, "speedup": 2.0}, {"draft": "medium", "temperature": 1.0, "k": 8, "speedup": 0.7}]
     report.record("cpu", "benchmark_cells", params={}, values={}, rows=cells)
+    best = {"small T=0": {"k": 4, "speedup": 1.9}, "lookup T=1": {"k": 2, "speedup": 0.8}, "target T=1": {"speedup": 1.0}}
+    report.record("cpu", "benchmark", params={}, values={"best": best})
     block = report.readme_block()
     assert "**2.00×** [1.90, 2.10], k = 4" in block and "not measured yet" in block
-    assert "loses: 1 of 2" in block and "| medium | 1 | 8 | 0.70× |" in block and "| small | 0 | 4" not in block
+    assert "loses: 2 of 4" in block and "| lookup, once more on fresh prompts | 1 | 2 | 0.80× |" in block
+    assert "| medium | 1 | 8 | 0.70× |" in block and "| small | 0 | 4" not in block
 
 
 def test_the_readme_changes_only_between_its_markers():
