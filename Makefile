@@ -101,18 +101,18 @@ seed-gpu: $(VENV)/.done ## the seed's sizes on one GPU, unattended, in MINUTES=2
 	$(BIN)/python -m specdec reproduce --profile seed --minutes $(MINUTES) $(if $(DATA),--data "$(DATA)")
 
 # side by side, on one core each: nearly all of it is too small for two
-SLOW := tests/test_inference.py tests/test_reproduce.py
+COMPILING := tests/test_inference.py
 .PHONY: test
 test: $(VENV)/.done ## the tests and every notebook in the ci profile (10 min)
-	@export OMP_NUM_THREADS=1; $(MAKE) test-notebooks test-slow > build/test-notebooks.log 2>&1 & other=$$!; \
+	@export OMP_NUM_THREADS=1; $(MAKE) test-notebooks test-compiling > build/test-notebooks.log 2>&1 & other=$$!; \
 	OMP_NUM_THREADS=1 $(MAKE) test-code; code=$$?; \
 	wait $$other; other=$$?; cat build/test-notebooks.log; exit $$((code | other))
 
-.PHONY: test-code test-slow test-notebooks
+.PHONY: test-code test-compiling test-notebooks
 test-code:
-	$(BIN)/python -m pytest tests $(SLOW:%=--ignore=%) --durations=5
-test-slow:
-	$(BIN)/python -m pytest $(SLOW)
+	$(BIN)/python -m pytest tests $(COMPILING:%=--ignore=%) --durations=5
+test-compiling:
+	$(BIN)/python -m pytest $(COMPILING)
 test-notebooks:
 	SPECDEC_PROFILE=ci SPECDEC_BUILD=$(CURDIR)/build/test SPECDEC_RESULTS=$(CURDIR)/build/test/results \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
