@@ -312,8 +312,8 @@ def equip(
 
     def drafter(model):
         if isinstance(model, CompiledShapes):
-            return ChainedDraftModel(model, ids)
-        return (CapturedDraftModel if captured else DraftModel)(model, ids)
+            return ChainedDraftModel(model)
+        return (CapturedDraftModel if captured else DraftModel)(model)
 
     return target, {name: drafter(model) for name, model in fast.items()}, alone
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from .compiled import CompiledShapes, chains
 from .data import TokenData
 from .inference import Model, draw_next
-from .model import Transformer
 from .passes import Captured
 from .sampling import Numbers, Randomness, Sampling
 
@@ -52,15 +51,12 @@ def no_draft(n_ids: int, device: str | torch.device) -> Draft:
 class DraftModel:
     """A small Transformer as the drafter, with a cache of its own.
 
-    ``ids`` (N,) are the only tokens that a model with a trimmed output layer offers (`inference.trimmed`); q is zero
-    on all others.
+    A model with a trimmed output layer (`inference.trimmed`) offers N ids only; q is zero on all others.
     """
 
-    def __init__(self, model: Transformer, ids: Tensor | None = None):
-        self.model, self.ids = model, ids
+    def __init__(self, model: Model):
+        self.model, self.ids = model, model.offered
         self.n_ids, self.context = model.config.n_ids, model.config.context
-        if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_ids:
-            raise ValueError(f"the draft is to offer an id outside 0 … {self.n_ids - 1}; give ids of the tokenizer.")
         self.cache = model.new_cache()
 
     def start(self) -> None:
@@ -103,8 +99,8 @@ class AdaptiveDraftModel(DraftModel):
     """Drafts on while it is sure of itself: until the product of the largest probabilities of its rows q falls below
     ``least``. It looks at q alone and never at what was drawn from it, and what was drawn stays, so nothing is lost."""
 
-    def __init__(self, model: Transformer, ids: Tensor | None = None, *, least: float = 0.3):
-        super().__init__(model, ids)
+    def __init__(self, model: Model, *, least: float = 0.3):
+        super().__init__(model)
         if not 0 <= least <= 1:
             raise ValueError(f"least is {least}; give a probability, 0 to draft k tokens always and 1 for a single one.")
         self.least = least
@@ -117,8 +113,8 @@ class ChainedDraftModel(DraftModel):
     """The same on compiled passes, with up to four steps of a round as one program: between them nothing waits for
     Python. Every program begins with the last two tokens, of which one is usually known, so that it serves all rounds."""
 
-    def __init__(self, model: CompiledShapes, ids: Tensor | None = None):
-        super().__init__(model, ids)
+    def __init__(self, model: CompiledShapes):
+        super().__init__(model)
         self.chains = chains(model.config)
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
@@ -144,8 +140,8 @@ class CapturedDraftModel(DraftModel):
     always drafts as many tokens as the longest round did; what is not asked for is cut off, whatever it is.
     """
 
-    def __init__(self, model: Transformer, ids: Tensor | None = None):
-        super().__init__(model, ids)
+    def __init__(self, model: Model):
+        super().__init__(model)
         self.graphs: dict[Sampling, tuple[int, Captured]] = {}
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:

@@ -98,6 +98,8 @@ def trimmed(model: Transformer, ids: Tensor) -> Transformer:
 
     Lossless like any draft, since q is zero elsewhere; what it costs is acceptance (FR-Spec, Zhao et al. 2025).
     """
+    if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.n_ids:
+        raise ValueError(f"the draft is to offer an id outside 0 … {model.config.n_ids - 1}; give ids of the tokenizer.")
     model = copy.deepcopy(model)
     head = nn.Linear(model.config.width, len(ids), bias=False, device="meta")
     head.weight = nn.Parameter(model.head.weight.detach()[ids])

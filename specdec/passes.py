@@ -19,7 +19,7 @@ class FixedShapes:
 
     def __init__(self, model: Transformer, forward_at: Callable, sizes: tuple[int, ...]):
         self.model, self.forward_at, self.sizes = model, forward_at, sizes
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.config, self.device, self.dtype, self.offered = model.config, model.device, model.dtype, model.offered
         self.positions = torch.arange(model.config.context, device=model.device)
 
     def new_cache(self) -> KVCache:

@@ -184,8 +184,8 @@ def test_chained_drafts_are_the_same_drafts():
     ones; and no round reads more than it must."""
     ids = torch.tensor([0, 2, 3, 4])
     target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
-    plain = DraftModel(trimmed(draft, ids), ids)
-    chained = ChainedDraftModel(ready(trimmed(draft, ids), torch.float64, "compiled"), ids)
+    plain = DraftModel(trimmed(draft, ids))
+    chained = ChainedDraftModel(ready(trimmed(draft, ids), torch.float64, "compiled"))
     assert chained.chains == (4, 1)
     for k in (1, 4, 7):
         for prompt in ([1], [1, 0], [1, 0, 2, 4]):
@@ -259,12 +259,12 @@ def test_a_captured_function_reads_its_own_buffers():
 def test_a_trimmed_draft_never_offers_what_it_does_not_have(pair, rule):
     target, draft = pair
     ids = torch.tensor([1, 2, 4])
-    drafter = DraftModel(trimmed(draft, ids), ids)
+    drafter = DraftModel(trimmed(draft, ids))
     trace = Trace(keep_probs=True)
     list(speculate(target, [0], drafter=drafter, k=3, rule=RULES[rule], max_new_tokens=15, trace=trace))
     assert all(r.draft_probs[:, [0, 3]].sum() == 0 for r in trace.rounds)
     assert {x for r in trace.rounds for x in r.drafted} <= {1, 2, 4}
-    assert texts(target, CapturedDraftModel(trimmed(draft, ids), ids)) == texts(target, drafter)
+    assert texts(target, CapturedDraftModel(trimmed(draft, ids))) == texts(target, drafter)
 
 
 @torch.inference_mode()
@@ -291,7 +291,7 @@ def test_an_adaptive_draft_looks_at_q_alone(pair):
 
 def test_ids_that_no_tokenizer_has_are_refused(pair):
     with pytest.raises(ValueError, match="outside 0 … 4"):
-        DraftModel(pair[1], torch.tensor([1, 5]))
+        trimmed(pair[1], torch.tensor([1, 5]))
 
 
 def test_frequent_ids(toy_data):

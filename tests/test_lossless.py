@@ -103,7 +103,7 @@ def test_other_drafters(proof, rule, k):
     target, draft = models()
     fewer = torch.tensor([1, 2])  # q is zero at id 0
     drafters = {
-        "a draft of fewer ids": DraftModel(trimmed(draft, fewer), fewer), "prompt lookup": PromptLookup(V),
+        "a draft of fewer ids": DraftModel(trimmed(draft, fewer)), "prompt lookup": PromptLookup(V),
         "the target as its draft": DraftModel(target), "a draft that stops when unsure": AdaptiveDraftModel(draft, least=0.5),
     }  # fmt: skip
     for name, drafter in drafters.items():

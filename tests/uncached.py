@@ -22,6 +22,7 @@ class Uncached:
 
     def __init__(self, model):
         self.model, self.config, self.dtype, self.device = model, model.config, model.dtype, model.device
+        self.offered = model.offered
 
     def new_cache(self, *_, **__):
         return NoCache()
