@@ -14,23 +14,19 @@ from torch import Tensor, nn
 
 from .model import KVCache, ModelConfig, Transformer
 from .passes import FixedShapes
+from .products import PanelLinear
 from .programs import Program
 from .sampling import Numbers, Randomness, Rule, Sampling
 
-COMPILED = (3, 5, 9)  # rows of the compiled passes, half a minute of compiling each; k is best at most 8
-PLACES, SUMS = (4, 2, 1), 12  # where a matrix is read at once; sums that fit into 16 registers beside what they add up
+COMPILED = (3, 6, 9)  # rows of the compiled passes, half a minute of compiling each; k is best at most 8
 CHAINS = (4, 1)  # tokens that one program drafts
 DEEPEST = 8  # layers of a draft in one program, counting each as often as it runs: compiling takes as long as it is deep
 CUT = 64  # rows of the cache that a compiled pass reads more as the text grows
 
 
 class StreamedLinear(nn.Module):
-    """A Linear for the compiler and few rows: each weight is loaded once and multiplied with every row while it is there.
-
-    Decoding is as fast as memory delivers the weights. Library products of so few rows reach a third of that speed on
-    some machines; these sums come closer to it, for several rows too. The matrix is read at several places at once, as
-    many as its sums have registers for: a core that waits for one place computes at another.
-    """
+    """A Linear for the compiler and few rows, of any data type: each weight is loaded once and multiplied with every row
+    while it is there. Library products of so few rows reach a third of that speed on some machines."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -38,10 +34,8 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = stored(x.reshape(-1, x.shape[-1])).unbind(0)  # B·T of (C,)
-        places = next(n for n in PLACES if len(self.weight) % n == 0 and (n == 1 or n * len(rows) <= SUMS))
-        parts = self.weight.view(places, -1, self.weight.shape[-1]).unbind(0)
         # the compiler makes one loop of all these sums
-        return torch.cat([(part * row).sum(-1) for row in rows for part in parts]).view(*x.shape[:-1], -1)
+        return torch.stack([(self.weight * row).sum(-1) for row in rows]).view(*x.shape[:-1], -1)
 
 
 def streamed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
@@ -50,12 +44,14 @@ def streamed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Te
     q = stored(q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5)
     scores = (q[:, :, :, None] * k[:, :, None]).sum(-1)  # (B, K, R, S)
     probs = stored(scores.masked_fill(~attn_mask, -torch.inf).softmax(-1))
-    return (probs[..., None] * v[:, :, None]).sum(-2).to(v.dtype)  # (B, K, R, D)
+    # a sum waits for its last addition: several are added up side by side
+    groups = next(n for n in (4, 3, 2, 1) if q.shape[2] % n == 0)
+    return torch.cat([(part[..., None] * v[:, :, None]).sum(-2) for part in probs.chunk(groups, 2)], 2).to(v.dtype)
 
 
 def stream(model: Transformer) -> Transformer:
-    """``model`` written in sums, for the compiler."""
-    replace_linears(model, StreamedLinear)
+    """``model`` as short passes are compiled from it: attention in sums, products as fast as its data type allows."""
+    replace_linears(model, StreamedLinear if model.dtype == torch.bfloat16 else PanelLinear)
     for block in model.blocks:
         block.attention.attend = streamed_attention
     return model
@@ -149,12 +145,16 @@ class CompiledShapes(FixedShapes):
     def key(self, work: Work) -> tuple[str, tuple]:
         """Name of the program, and all that it depends on but the code: sizes, type, and the ids that are offered."""
         name = f"pass-of-{work.rows}" + f"-draws-{work.draws}" * (work.draws > 0)
-        return name, (work, self.config, self.dtype, self.short.head.weight.shape[0])
+        return name, (work, self.config, self.dtype, _n_offered(self.short))
 
 
 @cache
 def _number(x: float) -> Tensor:
     return torch.tensor([x], dtype=torch.float64)
+
+
+def _n_offered(model: Transformer) -> int:
+    return model.config.vocab_size if model.offered is None else len(model.offered)
 
 
 class ShortPass(nn.Module):
@@ -176,7 +176,7 @@ class ShortSteps(ShortPass):
     def __init__(self, model: Transformer, work: Work):
         super().__init__(model)
         self.filters = Sampling(1, work.top_k, work.top_p)
-        self.n_offered = min(model.head.weight.shape[0], model.config.n_ids)
+        self.n_offered = min(_n_offered(model), model.config.n_ids)
 
     def forward(self, ids: Tensor, positions: Tensor, numbers: Tensor, temperature: Tensor, layers: list[Tensor]):
         tokens, rows = [], []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .compiled import CompiledRule, CompiledSampling, CompiledShapes, Work, replace_linears, stream
 from .model import KVCache, ModelConfig, Transformer
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
+from .products import MOST, PanelLinear
 from .programs import program_path
 from .sampling import Randomness, Rule, Sampling, token_wise
 from .train import can_compile, has_bf16
@@ -42,6 +43,17 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
+class SplitLinear(PackedLinear):
+    """A float32 Linear that multiplies few rows as fast as memory delivers the weights, and a prompt as oneDNN does."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.few = PanelLinear(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.few(x) if x.numel() <= MOST * self.in_features else super().forward(x)
+
+
 def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "eager", exact: bool = False) -> Model:
     """A copy of ``model`` for decoding, called like the model itself.
 
@@ -64,7 +76,8 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
     model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
     short = copy.deepcopy(model) if passes == "compiled" and not exact else None  # what short passes are compiled from
     if can_pack(dtype, model.device):
-        replace_linears(model, PackedLinear)
+        few = dtype == torch.float32 and short is None and can_compile()
+        replace_linears(model, SplitLinear if few else PackedLinear)
     if short is not None:
         return CompiledShapes(model, stream(short))
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))

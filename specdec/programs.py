@@ -19,7 +19,7 @@ from .checkpoint import put_in_place
 from .data import build_dir
 from .train import source_key
 
-_SOURCES = source_key("sampling", "model", "programs", "passes", "compiled")
+_SOURCES = source_key("sampling", "model", "programs", "passes", "products", "compiled")
 
 
 class Program:
@@ -59,6 +59,7 @@ def build(module: nn.Module, inputs: Callable[[], tuple], shapes, threads: int, 
         "cpp.threads": threads,
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one instruction
         "aot_inductor.package_constants_in_so": False,
+        "cpp.min_chunk_size": 2048,  # numbers for which a second thread is worth waking
         "always_keep_tensor_constants": True,  # or a weight of up to 8 numbers would become part of the code
     }
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)

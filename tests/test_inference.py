@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_model
+from torch import nn
 
 from specdec.compiled import CompiledShapes, Work, stream
 from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, ChainedDraftModel, DraftModel, frequent_ids
@@ -12,6 +13,7 @@ from specdec.engine import Trace, generate, speculate
 from specdec.inference import PASSES, compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
 from specdec.model import Transformer
 from specdec.passes import EXACT_ROWS, Captured, FixedShapes
+from specdec.products import MOST, PanelLinear
 from specdec.profiles import get_profile
 from specdec.programs import program_path
 from specdec.sampling import RULES, Randomness, Sampling, token_wise
@@ -64,6 +66,32 @@ def test_repeating_the_last_token_changes_nothing(sizes):
     for start, end in ((0, 3), (3, 4), (4, 7), (7, 11), (11, 12)):
         torch.testing.assert_close(fixed(ids[:, start:end], other), model(ids[:, start:end], cache))
     assert other.length == cache.length == 12
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("outputs", [5, 8, 16, 40, 96])
+def test_products_of_few_rows(dtype, outputs):
+    """Every number of rows, blocks that end early, panels in ones, twos and fours, padded ones."""
+    for width in (1, 63, 130):
+        linear = nn.Linear(width, outputs, bias=False, dtype=dtype)
+        fast, x = PanelLinear(linear), torch.randn(MOST, width, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        for rows in range(1, MOST + 1):
+            torch.testing.assert_close(fast(x[None, :rows]), linear(x[None, :rows]))
+        torch.testing.assert_close(fast(x.t().contiguous().t()[3:7]), linear(x[3:7]))  # rows that lie apart
+    with pytest.raises(ValueError, match="at most 16"):
+        fast(torch.zeros(17, width, dtype=dtype))
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_a_model_made_ready_is_the_same_model():
+    """A prompt, which oneDNN multiplies, then a few tokens at a time."""
+    model = Transformer(get_profile("ci").models["target"], torch.Generator().manual_seed(0)).eval()
+    fast = ready(model, "float32")
+    cache, other = model.new_cache(), fast.new_cache()
+    for ids in torch.randint(0, 512, (1, 60), generator=torch.Generator().manual_seed(2)).split([30, 1, 2, 9, 17, 1], 1):
+        torch.testing.assert_close(fast(ids, other), model(ids, cache))
 
 
 @torch.inference_mode()
