@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import theory
-from .compiled import ALONE_WORK, TARGET_WORK, CompiledShapes, draft_work
+from .compiled import ALONE_WORK, TARGET_WORK, CompiledShapes, decisions, draft_work
 from .data import TokenData, held_out_prompts
 from .drafting import CapturedDraftModel, ChainedDraftModel, Drafter, DraftModel, frequent_ids
 from .engine import Trace, generate, prefill, speculate
@@ -308,7 +308,9 @@ def equip(
         fast = {name: ready(model, config.dtype, passes) for name, model in cut.items()}
     work = {model: draft_work(model.config) for model in fast.values()}
     work |= {model: work.get(model, ()) + ALONE_WORK for model in alone.values()}
-    compile_ahead(work | {target: TARGET_WORK})
+    samplings = [ready_sampling(Sampling(t), config.passes) for t in config.temperatures]
+    others = decisions(token_wise, samplings, target) if isinstance(target, CompiledShapes) else {}
+    compile_ahead({target: TARGET_WORK} | work, others)  # what takes longest comes first
 
     def drafter(model):
         if isinstance(model, CompiledShapes):

@@ -4,9 +4,10 @@ Decoding is as fast as memory delivers the weights, and between two passes, whic
 small call of the library's costs several times what it does alone. So there should be few of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from .model import KVCache, ModelConfig, Transformer
 from .passes import FixedShapes
 from .products import PanelLinear
-from .programs import Program
+from .programs import Program, program_path
 from .sampling import Numbers, Randomness, Rule, Sampling
 
 COMPILED = (3, 6, 9)  # rows of the compiled passes, half a minute of compiling each; k is best at most 8
-CHAINS = (4, 1)  # tokens that one program drafts
-DEEPEST = 8  # layers of a draft in one program, counting each as often as it runs: compiling takes as long as it is deep
+PROMPT = 32  # rows of the one that reads a short prompt; a longer one is read as it is
+CHAINS = (5, 4, 1)  # tokens that one program drafts: with its target's own, 5 fill the pass of 6 rows
+DEEPEST = 10  # layers of a draft in one program, counting each as often as it runs: compiling takes as long as it is deep
 CUT = 64  # rows of the cache that a compiled pass reads more as the text grows
 
 
@@ -81,7 +83,7 @@ class Work(NamedTuple):
     top_p: float | None = None
 
 
-ALONE_WORK = (Work(1, draws=1),)  # what a benchmark asks of a model that writes alone
+ALONE_WORK = (Work(PROMPT), Work(1, draws=1))  # what a benchmark asks of a model that writes alone
 TARGET_WORK = ALONE_WORK + tuple(map(Work, COMPILED))  # … and of one that verifies
 
 
@@ -92,7 +94,7 @@ def chains(config: ModelConfig) -> tuple[int, ...]:
 
 def draft_work(config: ModelConfig) -> tuple[Work, ...]:
     """What a benchmark asks of a draft."""
-    return tuple(Work(2, draws=n) for n in chains(config))
+    return (Work(PROMPT), *(Work(2, draws=n) for n in chains(config)))
 
 
 class CompiledShapes(FixedShapes):
@@ -100,7 +102,7 @@ class CompiledShapes(FixedShapes):
     ``model`` the same one as it reads a prompt. Of the cache a program reads what the text fills, in whole steps of
     ``CUT`` rows."""
 
-    def __init__(self, model: Transformer, short: Transformer, sizes: tuple[int, ...] = COMPILED):
+    def __init__(self, model: Transformer, short: Transformer, sizes: tuple[int, ...]):
         super().__init__(model, short.forward_at, sizes)
         self.short, self.programs = short, {}
 
@@ -116,13 +118,17 @@ class CompiledShapes(FixedShapes):
         """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from, in one call but for a prompt.
         The last one is not read. Like an accelerator it does not look for NaN."""
         if ids.shape[1] > 2:
-            self.model(ids[:, :-2], cache)  # a prompt
+            read = self if ids.shape[1] > 2 + COMPILED[-1] else self.model  # no program for what happens once a text
+            read(ids[:, :-2], cache)
             ids = ids[:, -2:]
         rows = ids.shape[1]
         start = cache.append(rows + n - 1)
         steps = self.program(Work(rows, n, sampling.top_k, sampling.top_p))
         chance = randomness.uniforms(n), _number(sampling.temperature)
         return tuple(steps(ids, self.positions[start : start + rows], *chance, *cache.layers()))
+
+    def runs(self, work: Work) -> bool:
+        return work.draws > 0 or work.rows in self.sizes
 
     def program(self, work: Work) -> Program:
         if work not in self.programs:
@@ -241,7 +247,11 @@ def _rows_program(sampling: Sampling, n_ids: int, dtype: torch.dtype) -> Program
         return (torch.zeros(5, n_ids, dtype=dtype),)
 
     rows = {0: torch.export.Dim("rows", min=2, max=1024)}
-    return Program("probs", (sampling, n_ids, dtype), Function(sampling.probs_or_nan), inputs, ((rows,),), threads=1)
+    return Program(*_rows_key(sampling, n_ids, dtype), Function(sampling.probs_or_nan), inputs, ((rows,),), threads=1)
+
+
+def _rows_key(sampling: Sampling, n_ids: int, dtype: torch.dtype) -> tuple[str, tuple]:
+    return "probs", (sampling, n_ids, dtype)
 
 
 class CompiledRule:
@@ -271,8 +281,22 @@ def _rule_program(rule: Rule, single: bool, n_ids: int, draft_dtype: torch.dtype
 
     k = torch.export.Dim("k", min=2, max=1024)
     shapes = None if single else (({0: k}, {0: k}, {0: k + 1}, {0: k + 1}),)
-    parts = rule.__name__, single, n_ids, draft_dtype, target_dtype
-    return Program(rule.__name__, parts, Function(decide), inputs, shapes, threads=1)
+    key = _rule_key(rule, single, n_ids, draft_dtype, target_dtype)
+    return Program(*key, Function(decide), inputs, shapes, threads=1)
+
+
+def _rule_key(rule: Rule, *parts) -> tuple[str, tuple]:
+    return rule.__name__, (rule.__name__, *parts)
+
+
+def decisions(rule: Rule, samplings: Sequence[Sampling], target: CompiledShapes) -> dict[Path, Callable]:
+    """What a benchmark's rounds decide with: where its programs are kept, and what compiles each."""
+    n_ids, dtype = target.config.n_ids, torch.promote_types(target.dtype, torch.float32)
+    rows = [(s, n_ids, target.dtype) for s in samplings]
+    rules = [(rule, single, n_ids, dtype, dtype) for single in (True, False)]
+    return {program_path(*_rows_key(*x), threads=1): partial(_rows_program, *x) for x in rows} | {
+        program_path(*_rule_key(*x), threads=1): partial(_rule_program, *x) for x in rules
+    }
 
 
 class Function(nn.Module):

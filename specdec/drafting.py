@@ -5,7 +5,7 @@ asks how the tokens were found, so a new idea is a new class here and nothing el
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -110,7 +110,7 @@ class AdaptiveDraftModel(DraftModel):
 
 
 class ChainedDraftModel(DraftModel):
-    """The same on compiled passes, with up to four steps of a round as one program: between them nothing waits for
+    """The same on compiled passes, with several steps of a round as one program: between them nothing waits for
     Python. Every program begins with the last two tokens, of which one is usually known, so that it serves all rounds."""
 
     def __init__(self, model: CompiledShapes):
@@ -122,15 +122,21 @@ class ChainedDraftModel(DraftModel):
             return no_draft(self.n_ids, self.model.device)
         tokens, rows, end = [], [], len(text)
         unread = torch.tensor([text[min(self.cache.length, max(0, end - 2)) :]])  # (1, 2), or a prompt
-        while end < len(text) + k:
+        first = (1,) if end == 1 else ()
+        for n in first + fewest(k - len(first), self.chains):
             self.cache.truncate(max(0, end - 2))
-            n = next(n for n in self.chains if n <= len(text) + k - end and (n == 1 or end > 1))
             token, q = self.offered(*self.model.draw(unread, self.cache, sampling, randomness, n))
             tokens.append(token)
             rows.append(q)
             end += n
             unread = torch.cat([unread[0], token])[None, -2:]
         return Draft(torch.cat(tokens), self.spread(torch.cat(rows)))
+
+
+@cache
+def fewest(k: int, chains: tuple[int, ...]) -> tuple[int, ...]:
+    """k steps in as few programs as there can be, since each begins with code that the processor has to fetch."""
+    return min(((n, *fewest(k - n, chains)) for n in chains if n <= k), key=len, default=())
 
 
 class CapturedDraftModel(DraftModel):

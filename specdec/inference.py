@@ -5,16 +5,17 @@ graph, or made the same for every caller.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .compiled import CompiledRule, CompiledSampling, CompiledShapes, Work, replace_linears, stream
+from .compiled import COMPILED, PROMPT, CompiledRule, CompiledSampling, CompiledShapes, Work, replace_linears, stream
 from .model import KVCache, ModelConfig, Transformer
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
 from .products import MOST, PanelLinear
@@ -79,7 +80,8 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
         few = dtype == torch.float32 and short is None and can_compile()
         replace_linears(model, SplitLinear if few else PackedLinear)
     if short is not None:
-        return CompiledShapes(model, stream(short))
+        # sums of several rows, which bfloat16 is left with, take long to compile for a prompt
+        return CompiledShapes(model, stream(short), COMPILED if dtype == torch.bfloat16 else (*COMPILED, PROMPT))
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))
     if passes == "graphs":
         return CapturedShapes(model, model.forward_at, sizes)
@@ -132,18 +134,24 @@ def draw_next(
     return token, probs[None]
 
 
-def compile_ahead(models: dict[Model, Sequence[Work]]) -> None:
-    """Compile the programs of models made ready, two at a time, as far as they are not on disk yet. It would happen
-    without this, one after another: a compiler keeps one core busy."""
-    programs = [m.key(work) for m, works in models.items() if isinstance(m, CompiledShapes) for work in works]
-    missing = {name + repr(parts): parts for name, parts in programs if not program_path(name, parts).exists()}
+def compile_ahead(models: dict[Model, Sequence[Work]], others: dict[Path, Callable] | None = None) -> None:
+    """Compile the programs of models made ready, and ``others``, two at a time, as far as they are not on disk yet. It
+    would happen without this, one after another: a compiler keeps one core busy."""
+    keys = [m.key(w) for m, work in models.items() if isinstance(m, CompiledShapes) for w in work if m.runs(w)]
+    jobs = {program_path(*key): partial(_compile, *key[1]) for key in keys} | (others or {})
+    missing = [job for path, job in jobs.items() if not path.exists()]
     if len(missing) > 1:
-        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            list(pool.map(partial(_compile, torch.get_num_threads()), *zip(*missing.values())))
+        # a program is made for as many threads as this process has
+        with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+            for running in [pool.submit(_run, job) for job in missing]:
+                running.result()
 
 
-def _compile(threads: int, work: Work, config: ModelConfig, dtype: torch.dtype, n_offered: int) -> None:
-    torch.set_num_threads(threads)  # a program is made for so many
+def _run(job: Callable) -> None:
+    job()  # what it returns cannot be sent to another process, and need not be
+
+
+def _compile(work: Work, config: ModelConfig, dtype: torch.dtype, n_offered: int) -> None:
     model = Transformer(config)  # whatever its weights are
     if n_offered != config.vocab_size:
         model = trimmed(model, torch.arange(n_offered))

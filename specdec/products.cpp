@@ -17,7 +17,7 @@ namespace {
 
 constexpr long LANES = 8;  // outputs of a panel
 constexpr long PLACES = 4;  // panels read at once, where the sums of so many fit into 16 registers
-constexpr long ROWS = 6, MOST = 16;  // rows of one go, and in all
+constexpr long ROWS = 6, MOST = 32;  // rows of one go, and in all
 constexpr long BLOCK = 64, AHEAD = 64;  // columns of a block, and how far ahead weights are asked for
 
 // an array of sums is kept in registers only if no loop over it is left

@@ -17,13 +17,13 @@ from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
 from .checkpoint import put_in_place
 from .data import build_dir
 
-LANES, MOST = 8, 16  # as in products.cpp: outputs of a panel, most rows
+LANES, MOST = 8, 32  # as in products.cpp: outputs of a panel, most rows
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _SHIM = "AOTITorchError aoti_torch_cpu_few_rows(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle* y)"
 
 
 class PanelLinear(nn.Module):
-    """A Linear for up to 16 rows, its weight laid out as panels (N/8, C, 8) of 8 outputs."""
+    """A Linear for up to 32 rows, its weight laid out as panels (N/8, C, 8) of 8 outputs."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -8,7 +8,7 @@ from conftest import make_model
 from torch import nn
 
 from specdec.compiled import CompiledShapes, Work, stream
-from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, ChainedDraftModel, DraftModel, frequent_ids
+from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, ChainedDraftModel, DraftModel, fewest, frequent_ids
 from specdec.engine import Trace, generate, speculate
 from specdec.inference import PASSES, compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
 from specdec.model import Transformer
@@ -79,8 +79,8 @@ def test_products_of_few_rows(dtype, outputs):
         for rows in range(1, MOST + 1):
             torch.testing.assert_close(fast(x[None, :rows]), linear(x[None, :rows]))
         torch.testing.assert_close(fast(x.t().contiguous().t()[3:7]), linear(x[3:7]))  # rows that lie apart
-    with pytest.raises(ValueError, match="at most 16"):
-        fast(torch.zeros(17, width, dtype=dtype))
+    with pytest.raises(ValueError, match="at most 32"):
+        fast(torch.zeros(33, width, dtype=dtype))
 
 
 @needs_compiler
@@ -118,13 +118,14 @@ def test_compiled_passes_are_the_same_passes():
     model = make_model(**TWO_PROGRAMS)
     plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
     assert isinstance(fast, CompiledShapes) and len(fast.sizes) < max(fast.sizes)
-    fast.sizes = (2, 5)
+    fast.sizes = (2, 12)
     works = [Work(rows) for rows in fast.sizes]
-    compile_ahead({fast: works})
+    compile_ahead({fast: [*works, Work(7)]})
+    assert not program_path(*fast.key(Work(7))).exists()  # of this size the model has none
     assert all(program_path(*fast.key(work)).exists() for work in works)
     cache, other = plain.new_cache(), fast.new_cache()
     ids = torch.randint(0, 5, (1, 130), generator=torch.Generator().manual_seed(2))
-    # a prompt, one token twice, that runs as two, four that run as five and over a cut, more of the text, its last rows
+    # a long prompt, one token twice, that runs as two, four that run as twelve and over a cut, more of the text, its end
     for start, end in ((0, 60), (60, 61), (61, 62), (62, 66), (66, 126), (126, 130)):
         torch.testing.assert_close(fast(ids[:, start:end], other), plain(ids[:, start:end], cache))
         other.truncate(end - 1), cache.truncate(end - 1)  # rolled back and read again
@@ -193,7 +194,7 @@ def test_a_compiled_rule_decides_the_same():
 def test_compiled_text_is_the_same_text(sampling):
     target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
     fast, drafts = (ready(model, torch.float64, "compiled") for model in (target, draft))
-    fast.sizes = (2, 5)
+    fast.sizes = (2, 12)
     options = {"rule": ready_rule(token_wise, "compiled"), "sampling": ready_sampling(sampling, "compiled")}
     plain = texts(target, DraftModel(draft), sampling=sampling)
     assert texts(fast, DraftModel(drafts), **options) == plain
@@ -208,20 +209,26 @@ def test_compiled_text_is_the_same_text(sampling):
 @needs_compiler
 @torch.inference_mode()
 def test_chained_drafts_are_the_same_drafts():
-    """Long proposals in programs of four steps and of one, of a trimmed draft, from a text of one token and from longer
+    """Long proposals in programs of three steps and of one, of a trimmed draft, from a text of one token and from longer
     ones; and no round reads more than it must."""
     ids = torch.tensor([0, 2, 3, 4])
     target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
     plain = DraftModel(trimmed(draft, ids))
     chained = ChainedDraftModel(ready(trimmed(draft, ids), torch.float64, "compiled"))
-    assert chained.chains == (4, 1)
-    for k in (1, 4, 7):
-        for prompt in ([1], [1, 0], [1, 0, 2, 4]):
+    assert chained.chains == (5, 4, 1)
+    chained.chains, chained.model.sizes = (3, 1), (12,)  # what takes less compiling
+    for k in (1, 3, 7):
+        for prompt in ([1], [1, 0], [1, 0, 2, 4], [1, 0, 2, 4] * 3 + [2]):
             assert texts(target, chained, k=k, n=14, prompt=prompt) == texts(target, plain, k=k, n=14, prompt=prompt)
     read, model, trace = [], chained.model.model, Trace()
     chained.model.model = lambda ids, cache: read.append(ids.shape[1]) or model(ids, cache)
     list(speculate(draft, [1, 0, 2, 4], drafter=chained, k=5, max_new_tokens=40, randomness=Randomness(0), trace=trace))
     assert any(r.accepted == 5 for r in trace.rounds) and read == [2]  # of the prompt; all else is in the programs
+
+
+def test_a_proposal_takes_as_few_programs_as_there_can_be():
+    assert [fewest(k, (5, 4, 1)) for k in (0, 1, 3, 5, 8, 9)] == [(), (1,), (1, 1, 1), (5,), (4, 4), (5, 4)]
+    assert fewest(2, (1,)) == (1, 1)
 
 
 def test_compiled_passes_are_for_the_cpu():
