@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._inductor import config
-from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
 
 from .checkpoint import put_in_place
 from .data import build_dir
@@ -44,6 +42,9 @@ class PanelLinear(nn.Module):
 @cache
 def load() -> None:
     """Make ``torch.ops.specdec.few_rows`` known, compiled for this machine once."""
+    from torch._inductor import config  # not above: it takes seconds to import
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), _SOURCE.read_text()
     key = hashlib.sha256(repr(machine).encode()).hexdigest()[:12]
     path = build_dir() / "programs" / f"products-{key}.so"

@@ -3,6 +3,7 @@
 Random weights will do, because speed does not depend on what a model has learned. Nothing here plots or prints.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from .inference import Model, compile_ahead, draw_next, ready, ready_sampling
 from .model import ModelConfig, Transformer
 from .profiles import Profile, get_profile
 from .sampling import Randomness, Sampling
+
 
 @dataclass(frozen=True)
 class Step:
@@ -37,15 +39,22 @@ class Step:
         return self.floor_seconds / self.seconds
 
 
-def read_bandwidth(device: str | torch.device = "cpu", megabytes: int = 512, repeats: int = 8) -> float:
-    """Bytes per second at which memory is read: the best of several sums over a block that no cache holds."""
+def reader(device: str | torch.device = "cpu", megabytes: int = 512) -> Callable[[], float]:
+    """A function that reads once through a block that no cache holds, and returns bytes per second."""
     block = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
-    seconds = []
-    for _ in range(repeats + 2):
+
+    def read() -> float:
         began = clock()
         block.sum()
-        seconds.append(clock() - began)
-    return block.nbytes / min(seconds[2:])
+        return block.nbytes / (clock() - began)
+
+    return read
+
+
+def read_bandwidth(device: str | torch.device = "cpu", megabytes: int = 512, repeats: int = 8) -> float:
+    """Bytes per second at which memory is read: the best of several times."""
+    read = reader(device, megabytes)
+    return max([read() for _ in range(repeats + 2)][2:])
 
 
 def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int = 2) -> int:
@@ -64,9 +73,9 @@ def measure_steps(
 ) -> list[Step]:  # fmt: skip
     """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns; of the one named "target"
     also passes over so many ``rows``, which drafts never make."""
-    out, work, caches, timings = [], {}, {}, {}
+    out, work, caches, timings, bandwidths = [], {}, {}, {}, []
     device = next(iter(fast.values())).device
-    bandwidths = [bandwidth or read_bandwidth(device)]
+    read = (lambda: bandwidth) if bandwidth else reader(device)
     randomness = Randomness(0, device)
     ids = torch.zeros(1, max((length, *rows)), dtype=torch.long, device=device)
 
@@ -81,6 +90,7 @@ def measure_steps(
         several = rows if name == "target" else ()
         work |= {(name, m): partial(step, model, caches[name], m) for m in (1, *several)}
     for i in range(repeats + 3):
+        bandwidths.append(read())  # in turn with the steps: a machine that is shared has slow moments
         for (name, m), function in work.items():
             caches[name].truncate(length)
             began = clock()
@@ -88,7 +98,6 @@ def measure_steps(
             seconds = clock() - began
             if i >= 3:
                 timings.setdefault((name, m), []).append(seconds)
-    bandwidths.append(bandwidth or read_bandwidth(device))  # a machine that is shared has slow moments
     median = {key: float(np.median(values)) for key, values in timings.items()}
     for name, model in fast.items():
         one, size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
