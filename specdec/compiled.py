@@ -103,7 +103,7 @@ class CompiledShapes(FixedShapes):
     ``CUT`` rows."""
 
     def __init__(self, model: Transformer, short: Transformer, sizes: tuple[int, ...]):
-        super().__init__(model, short.forward_at, sizes)
+        super().__init__(model, short.forward_at, tuple(n for n in sizes if n <= model.config.context))
         self.short, self.programs = short, {}
 
     def new_cache(self) -> "CutCache":

@@ -136,6 +136,12 @@ SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7, top_k=4, top_p=0.9)]
 
 
 @needs_compiler
+def test_no_pass_is_longer_than_the_context():
+    assert ready(make_model(context=8), torch.float64, "compiled").sizes == (3, 6)
+    assert ready(make_model(context=32), torch.float64, "compiled").sizes == (3, 6, 9, 32)
+
+
+@needs_compiler
 @torch.inference_mode()
 def test_compiled_steps_draw_the_same_tokens():
     """A prompt, one token, two, every temperature in one program."""
