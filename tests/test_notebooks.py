@@ -104,7 +104,10 @@ def test_refresh_copies_outputs_and_no_traces(tmp_path):
     source.mkdir()
     small_notebook(source / "a.ipynb")
     run(source / "a.ipynb", executed / "a.ipynb", {"k": "5"})
+    (tmp_path / "proved").touch()
     refresh(executed, source)
+    times = [path.stat().st_mtime_ns for path in (source / "a.ipynb", executed / "a.ipynb", tmp_path / "proved")]
+    assert times[0] <= times[1] == times[2]  # make runs none of them again
     notebook = nbformat.read(source / "a.ipynb", as_version=4)
     assert notebook.cells[1].outputs[0].text == "5\n" and len(notebook.cells) == 2
     assert [c.execution_count for c in notebook.cells] == [1, 2]
