@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .model import KVCache, ModelConfig, Transformer
 from .passes import FixedShapes
-from .products import PanelLinear
+from .products import DTYPES, PanelLinear
 from .programs import Program, program_path
 from .sampling import Numbers, Randomness, Rule, Sampling
 
@@ -27,8 +27,8 @@ CUT = 64  # rows of the cache that a compiled pass reads more as the text grows
 
 
 class StreamedLinear(nn.Module):
-    """A Linear for the compiler and few rows, of any data type: each weight is loaded once and multiplied with every row
-    while it is there. Library products of so few rows reach a third of that speed on some machines."""
+    """A Linear for the compiler and few rows, of the data types that have no panels: each weight is loaded once and
+    multiplied with every row while it is there. Library products of so few rows reach a third of that speed on some machines."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -53,7 +53,7 @@ def streamed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Te
 
 def stream(model: Transformer) -> Transformer:
     """``model`` as short passes are compiled from it: attention in sums, products as fast as its data type allows."""
-    replace_linears(model, StreamedLinear if model.dtype == torch.bfloat16 else PanelLinear)
+    replace_linears(model, PanelLinear if model.dtype in DTYPES else StreamedLinear)
     for block in model.blocks:
         block.attention.attend = streamed_attention
     return model
@@ -118,7 +118,7 @@ class CompiledShapes(FixedShapes):
         """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from, in one call but for a prompt.
         The last one is not read. Like an accelerator it does not look for NaN."""
         if ids.shape[1] > 2:
-            read = self if ids.shape[1] > 2 + COMPILED[-1] else self.model  # no program for what happens once a text
+            read = self if ids.shape[1] > 2 + COMPILED[-1] else self.model  # a few tokens, once a text, are not worth a program
             read(ids[:, :-2], cache)
             ids = ids[:, -2:]
         rows = ids.shape[1]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .compiled import COMPILED, PROMPT, CompiledRule, CompiledSampling, CompiledShapes, Work, replace_linears, stream
 from .model import KVCache, ModelConfig, Transformer
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
-from .products import MOST, PanelLinear
+from .products import DTYPES, MOST, PanelLinear
 from .programs import program_path
 from .sampling import Randomness, Rule, Sampling, token_wise
 from .train import can_compile, has_bf16
@@ -80,8 +80,8 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
         few = dtype == torch.float32 and short is None and can_compile()
         replace_linears(model, SplitLinear if few else PackedLinear)
     if short is not None:
-        # sums of several rows, which bfloat16 is left with, take long to compile for a prompt
-        return CompiledShapes(model, stream(short), COMPILED if dtype == torch.bfloat16 else (*COMPILED, PROMPT))
+        # the sums that other types are left with take long to compile for a prompt
+        return CompiledShapes(model, stream(short), (*COMPILED, PROMPT) if dtype in DTYPES else COMPILED)
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))
     if passes == "graphs":
         return CapturedShapes(model, model.forward_at, sizes)

@@ -16,16 +16,19 @@ from .checkpoint import put_in_place
 from .data import build_dir
 
 LANES, MOST = 8, 32  # as in products.cpp: outputs of a panel, most rows
+DTYPES = torch.float32, torch.float64
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _SHIM = "AOTITorchError aoti_torch_cpu_few_rows(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle* y)"
 
 
 class PanelLinear(nn.Module):
-    """A Linear for up to 32 rows, its weight laid out as panels (N/8, C, 8) of 8 outputs."""
+    """A Linear of `DTYPES` for up to 32 rows, its weight laid out as panels (N/8, C, 8) of 8 outputs."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach()  # (N, C)
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"panels are of float32 or float64, not of {weight.dtype}; use another Linear.")
         self.n_outputs = len(weight)
         panels = F.pad(weight, (0, 0, 0, -len(weight) % LANES)).view(-1, LANES, weight.shape[1])
         self.panels = nn.Parameter(panels.transpose(1, 2).contiguous(), requires_grad=False)

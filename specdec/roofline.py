@@ -51,12 +51,6 @@ def reader(device: str | torch.device = "cpu", megabytes: int = 512) -> Callable
     return read
 
 
-def read_bandwidth(device: str | torch.device = "cpu", megabytes: int = 512, repeats: int = 8) -> float:
-    """Bytes per second at which memory is read: the best of several times."""
-    read = reader(device, megabytes)
-    return max([read() for _ in range(repeats + 2)][2:])
-
-
 def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int = 2) -> int:
     """Bytes that decoding one token reads after ``length`` others: all weights but the embedding, and the cache."""
     config = model if isinstance(model, ModelConfig) else model.config

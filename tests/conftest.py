@@ -13,6 +13,8 @@ from specdec.data import TokenData, build_dir, load_tokenizer, tokens_for
 from specdec.model import ModelConfig, Transformer
 from specdec.profiles import get_profile
 
+needs_compiler = pytest.mark.skipif(not train.can_compile(), reason="needs a C++ compiler")
+
 EXACT = 1e-12  # what laws computed in float64 may differ by; what is found is a thousand times smaller
 
 torch.set_num_threads(1)  # the models here are too small for two

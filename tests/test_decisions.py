@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from conftest import needs_compiler
 
 from specdec.inference import ready_rule, ready_sampling
 from specdec.sampling import RULES, Randomness, Sampling, token_wise
-from specdec.train import can_compile
 
-needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7, top_k=4, top_p=0.9)]
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, needs_compiler
 from torch import nn
 
 from specdec.compiled import CompiledShapes, Work, stream
@@ -17,10 +17,6 @@ from specdec.products import MOST, PanelLinear
 from specdec.profiles import get_profile
 from specdec.programs import program_path
 from specdec.sampling import RULES, Randomness, Sampling, token_wise
-from specdec.train import can_compile
-
-
-needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 
 
 def texts(target, drafter, seeds=range(8), prompt=(1, 0, 2), n=11, k=3, **options):
@@ -83,6 +79,11 @@ def test_products_of_few_rows(dtype, outputs):
         fast(torch.zeros(33, width, dtype=dtype))
 
 
+def test_panels_of_other_types_are_refused():
+    with pytest.raises(ValueError, match="of float32 or float64"):
+        PanelLinear(nn.Linear(8, 8, bias=False, dtype=torch.float16))
+
+
 @needs_compiler
 @torch.inference_mode()
 def test_a_model_made_ready_is_the_same_model():
@@ -94,19 +95,23 @@ def test_a_model_made_ready_is_the_same_model():
         torch.testing.assert_close(fast(ids, other), model(ids, cache))
 
 
+@needs_compiler
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2}, {"n_heads": 4, "n_kv_heads": 1}])
-def test_a_model_written_in_sums_is_the_same_model(shape):
-    """One token, whose attention is in sums too, and several; what stands in the cache beyond the text does not matter."""
-    model = make_model(context=32, **shape)
+def test_a_model_written_for_the_compiler_is_the_same_model(shape, dtype):
+    """One token and several, of types with panels and of those left with sums; what stands in the cache beyond the text
+    does not matter."""
+    model = make_model(context=32, **shape).to(dtype)
+    near = {} if dtype == torch.float64 else {"atol": 8 * torch.finfo(dtype).eps, "rtol": 8 * torch.finfo(dtype).eps}
     short = stream(copy.deepcopy(model))
     cache, other = model.new_cache(), model.new_cache()
     other.k.normal_(), other.v.normal_()
     ids = torch.randint(0, 5, (1, 14), generator=torch.Generator().manual_seed(0))
     for start, end in ((0, 9), (9, 10), (10, 12), (12, 13), (13, 14)):
         logits = model(ids[:, start:end], cache)
-        torch.testing.assert_close(short.forward_at(ids[:, start:end], torch.arange(start, end), other.k, other.v), logits)
-    torch.testing.assert_close(other.k[..., :14, :], cache.k[..., :14, :])
+        torch.testing.assert_close(short.forward_at(ids[:, start:end], torch.arange(start, end), other.k, other.v), logits, **near)
+    torch.testing.assert_close(other.k[..., :14, :], cache.k[..., :14, :], **near)
 
 
 TWO_PROGRAMS = {"context": 130, "n_layers": 1, "n_kv_heads": 2}  # of one size, so that tests share what they compile

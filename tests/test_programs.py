@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from conftest import needs_compiler
 from torch import nn
 
 from specdec import programs
 from specdec.programs import Program, program_path
-from specdec.train import can_compile
 
 
 class Scale(nn.Module):
@@ -27,7 +27,7 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECDEC_BUILD", str(tmp_path))
 
 
-@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+@needs_compiler
 def test_a_program_is_compiled_once_and_borrows_its_weights(monkeypatch):
     shapes = ({0: torch.export.Dim("rows", min=2, max=9)},)
     double = Scale(2.0)
