@@ -28,7 +28,7 @@ CUT = 64  # rows of the cache that a compiled pass reads more as the text grows
 
 class StreamedLinear(nn.Module):
     """A Linear for the compiler and few rows, of the data types that have no panels: each weight is loaded once and
-    multiplied with every row while it is there. Library products of so few rows reach a third of that speed on some machines."""
+    multiplied with every row while it is there. Library products are made for more rows."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
