@@ -45,7 +45,7 @@ endif
 
 # What each notebook needs before it: the models of 02, and for 07 the benchmark of 06.
 GROUND := $(addprefix specdec/,__init__.py theory.py sampling.py data.py model.py checkpoint.py profiles.py train.py report.py)
-ENGINE := $(GROUND) $(addprefix specdec/,products.py products.cpp programs.py passes.py compiled.py inference.py drafting.py engine.py bench.py)
+ENGINE := $(GROUND) $(addprefix specdec/,native.py native.cpp passes.py compiled.py inference.py drafting.py engine.py bench.py)
 $(call run,01_data): $(addprefix specdec/,data.py profiles.py report.py)
 $(call run,02_model_and_training): $(GROUND) $(call run,01_data)
 $(call run,03_speculative_decoding): $(ENGINE) $(call run,02_model_and_training)
@@ -75,7 +75,7 @@ build/$(PROFILE)/proved: $(ENGINE) $(wildcard tests/*.py) $(call run,02_model_an
 	@touch $@
 
 .PHONY: roofline
-roofline: $(VENV)/.done ## a step of every model, compiled, beside the floor that memory sets, the seed's sizes too (5 min)
+roofline: $(VENV)/.done ## a step of every model beside the floor that memory sets, the seed's sizes too (1 min)
 	$(BIN)/python -m specdec bench --profile $(PROFILE) --roofline
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
@@ -101,18 +101,15 @@ seed-gpu: $(VENV)/.done ## the seed's sizes on one GPU, unattended, in MINUTES=2
 	$(BIN)/python -m specdec reproduce --profile seed --minutes $(MINUTES) $(if $(DATA),--data "$(DATA)")
 
 # side by side, on one core each: nearly all of it is too small for two
-COMPILING := tests/test_inference.py
 .PHONY: test
 test: $(VENV)/.done ## the tests and every notebook in the ci profile (9 min)
-	@export OMP_NUM_THREADS=1; $(MAKE) test-notebooks test-compiling > build/test-other.log 2>&1 & other=$$!; code=0; \
+	@export OMP_NUM_THREADS=1; $(MAKE) test-notebooks > build/test-other.log 2>&1 & other=$$!; code=0; \
 	OMP_NUM_THREADS=1 $(MAKE) test-code || code=$$?; \
 	wait $$other || code=$$?; cat build/test-other.log; exit $$code
 
-.PHONY: test-code test-compiling test-notebooks
+.PHONY: test-code test-notebooks
 test-code:
-	$(BIN)/python -m pytest tests $(COMPILING:%=--ignore=%) --durations=5
-test-compiling:
-	$(BIN)/python -m pytest $(COMPILING)
+	$(BIN)/python -m pytest tests --durations=5
 test-notebooks:
 	SPECDEC_PROFILE=ci SPECDEC_BUILD=$(CURDIR)/build/test SPECDEC_RESULTS=$(CURDIR)/build/test/results \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from . import bench, peers, report, roofline
 from .data import tokens_for
 from .distill import DIVERGENCES, TEXTS, load_or_distill
-from .drafting import DraftModel
+from .drafting import drafter_of
 from .engine import Trace, generate, speculate
 from .export import export_model, model_card
-from .inference import ready
+from .inference import ready, ready_rule, ready_sampling
 from .profiles import PROFILES, get_profile
 from .reproduce import compare_recipes, reproduce
 from .sampling import RULES, Randomness, Sampling
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
     sub.add_argument("--roofline", action="store_true", help="a decoding step of every model beside the floor that memory sets, "
-                     "of the profile's and, with random weights, of the seed's sizes, all compiled; into results/")  # fmt: skip
+                     "of the profile's and, with random weights, of the seed's sizes")  # fmt: skip
     sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
     sub.add_argument("--draft", default="small", help="with --peers: small, medium or distilled (default: small)")
     sub.add_argument("--prompts", type=int, help="with --peers: how many prompts the best settings meet (default: the profile's)")
@@ -126,7 +126,8 @@ def run_generate(options) -> None:
         raise ValueError(f"k is {options.k}; draft at least 1 token a round, or pass --no-draft.")
     tokenizer = tokens_for(profile).tokenizer
     prompt = tokenizer.encode_ordinary(options.prompt)
-    target, trace = ready(model_named(profile, "target")), Trace()
+    target, trace = ready(model_named(profile, "target"), passes="compiled"), Trace()
+    sampling = ready_sampling(sampling, "compiled")
     randomness = Randomness(options.seed, target.device)
     common = dict(
         max_new_tokens=options.max_new_tokens, sampling=sampling, stop=(tokenizer.eot_token,),
@@ -135,8 +136,8 @@ def run_generate(options) -> None:
     if options.no_draft:
         stream = generate(target, prompt, **common)
     else:
-        drafter = DraftModel(ready(model_named(profile, options.draft)))
-        stream = speculate(target, prompt, drafter=drafter, k=options.k, rule=RULES[options.rule], **common)
+        draft, rule = ready(model_named(profile, options.draft), passes="compiled"), ready_rule(RULES[options.rule], "compiled")
+        stream = speculate(target, prompt, drafter=drafter_of(draft), k=options.k, rule=rule, **common)
     began, pending = time.perf_counter(), b""
     print(options.prompt, end="", flush=True)
     for token in stream:
@@ -214,8 +215,7 @@ def run_bench(options) -> None:
 
 
 def run_roofline(options) -> None:
-    profile, began = get_profile(options.profile), time.perf_counter()
-    steps = roofline.survey(profile, large_passes="compiled")
+    steps = roofline.survey(get_profile(options.profile))
     print(f"memory is read at {steps[0]['bandwidth'] / 1e9:.1f} GB/s")
     print(f"{'model':18s} {'dtype':>9s} {'passes':>9s} {'MB a token':>10s} {'floor ms':>9s} {'step ms':>8s} {'of the floor':>12s} "
           f"{'v(2)':>5s} {'v(5)':>5s} {'v(9)':>5s}")  # fmt: skip
@@ -223,10 +223,6 @@ def run_roofline(options) -> None:
         verify = " ".join(f"{s[f'v{m}']:5.2f}" for m in (2, 5, 9) if f"v{m}" in s)
         print(f"{s['sizes'] + ' ' + s['model']:18s} {s['dtype']:>9s} {s['passes']:>9s} {s['bytes'] / 1e6:10.1f} "
               f"{s['floor_seconds'] * 1e3:9.2f} {s['seconds'] * 1e3:8.2f} {s['fraction']:12.0%} {verify}")  # fmt: skip
-    largest = max((s for s in steps if s["model"] == "target"), key=lambda s: s["bytes"])
-    report.record(profile.name, "roofline_compiled", params={"length": 64}, values={"steps": steps}, rows=steps,
-                  seconds=time.perf_counter() - began)  # fmt: skip
-    report.update_headline(profile.name, roofline_fraction=largest["fraction"])
 
 
 def run_peers(options) -> None:

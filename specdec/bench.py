@@ -16,11 +16,10 @@ import torch
 from tqdm import tqdm
 
 from . import theory
-from .compiled import ALONE_WORK, TARGET_WORK, CompiledShapes, decisions, draft_work
 from .data import TokenData, held_out_prompts
-from .drafting import CapturedDraftModel, ChainedDraftModel, Drafter, DraftModel, frequent_ids
+from .drafting import CapturedDraftModel, Drafter, drafter_of, frequent_ids
 from .engine import Trace, generate, prefill, speculate
-from .inference import compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
+from .inference import draw_next, ready, ready_rule, ready_sampling, trimmed
 from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Randomness, Rule, Sampling, token_wise
@@ -306,17 +305,7 @@ def equip(
         passes = "eager" if captured else config.passes  # the whole chain of drafts is captured, not its steps
         cut = {name: model if ids is None else trimmed(model, ids) for name, model in drafts.items()}
         fast = {name: ready(model, config.dtype, passes) for name, model in cut.items()}
-    work = {model: draft_work(model.config) for model in fast.values()}
-    work |= {model: work.get(model, ()) + ALONE_WORK for model in alone.values()}
-    samplings = [ready_sampling(Sampling(t), config.passes) for t in config.temperatures]
-    others = decisions(token_wise, samplings, target) if isinstance(target, CompiledShapes) else {}
-    compile_ahead({target: TARGET_WORK} | work, others)  # what takes longest comes first
-
-    def drafter(model):
-        if isinstance(model, CompiledShapes):
-            return ChainedDraftModel(model)
-        return (CapturedDraftModel if captured else DraftModel)(model)
-
+    drafter = CapturedDraftModel if captured else drafter_of
     return target, {name: drafter(model) for name, model in fast.items()}, alone
 
 

@@ -5,14 +5,14 @@ asks how the tokens were found, so a new idea is a new class here and nothing el
 """
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import CompiledShapes, chains
+from .compiled import CompiledModel
 from .data import TokenData
 from .inference import Model, draw_next
 from .passes import Captured
@@ -110,33 +110,21 @@ class AdaptiveDraftModel(DraftModel):
 
 
 class ChainedDraftModel(DraftModel):
-    """The same on compiled passes, with several steps of a round as one program: between them nothing waits for
-    Python. Every program begins with the last two tokens, of which one is usually known, so that it serves all rounds."""
+    """The same on compiled passes, with all k steps of a round as one call: between them nothing waits for Python."""
 
-    def __init__(self, model: CompiledShapes):
-        super().__init__(model)
-        self.chains = chains(model.config)
+    model: CompiledModel
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         if k == 0:
             return no_draft(self.n_ids, self.model.device)
-        tokens, rows, end = [], [], len(text)
-        unread = torch.tensor([text[min(self.cache.length, max(0, end - 2)) :]])  # (1, 2), or a prompt
-        first = (1,) if end == 1 else ()
-        for n in first + fewest(k - len(first), self.chains):
-            self.cache.truncate(max(0, end - 2))
-            token, q = self.offered(*self.model.draw(unread, self.cache, sampling, randomness, n))
-            tokens.append(token)
-            rows.append(q)
-            end += n
-            unread = torch.cat([unread[0], token])[None, -2:]
-        return Draft(torch.cat(tokens), self.spread(torch.cat(rows)))
+        unread = torch.tensor([text[self.cache.length :]])  # as in DraftModel: (1, 1 or 2)
+        tokens, q = self.offered(*self.model.draw(unread, self.cache, sampling, randomness, k))
+        return Draft(tokens, self.spread(q))
 
 
-@cache
-def fewest(k: int, chains: tuple[int, ...]) -> tuple[int, ...]:
-    """k steps in as few programs as there can be, since each begins with code that the processor has to fetch."""
-    return min(((n, *fewest(k - n, chains)) for n in chains if n <= k), key=len, default=())
+def drafter_of(model: Model) -> DraftModel:
+    """The fastest drafter that a model made ready allows."""
+    return (ChainedDraftModel if isinstance(model, CompiledModel) else DraftModel)(model)
 
 
 class CapturedDraftModel(DraftModel):

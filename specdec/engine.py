@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .drafting import Drafter
-from .inference import draw_next
+from .inference import draw_next, read
 from .model import Transformer
 from .sampling import Randomness, Rule, Sampling, not_finite, token_wise
 
@@ -169,7 +169,7 @@ def speculate(
 def prefill(target: Transformer, text: list[int], cache) -> None:
     """Read all of the text but its last token, which the first decoding step reads."""
     if len(text) > 1:
-        target(torch.tensor([text[:-1]], device=target.device), cache)
+        read(target, torch.tensor([text[:-1]], device=target.device), cache)
 
 
 def _checked(token: int, n_ids: int, model: str, draft_probs: Tensor | None = None) -> int:

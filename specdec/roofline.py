@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from .bench import clock
-from .compiled import COMPILED, Work
-from .inference import Model, compile_ahead, draw_next, ready, ready_sampling
+from .inference import Model, draw_next, ready, ready_sampling
 from .model import ModelConfig, Transformer
 from .profiles import Profile, get_profile
 from .sampling import Randomness, Sampling
@@ -118,25 +117,18 @@ def seconds_by_length(fast: Model, lengths: list[int], repeats: int = 12) -> dic
     return {n: float(np.median(values)) for n, values in timings.items()}
 
 
-def survey(
-    profile: Profile, large: str = "seed", fast: dict[str, Model] | None = None, large_passes: str = "eager"
-) -> list[dict]:
+def survey(profile: Profile, large: str = "seed", fast: dict[str, Model] | None = None) -> list[dict]:
     """Rows of `as_rows` for the models of ``profile`` (``fast``, if they are ready already) and of the profile ``large``.
-
-    Random weights do. To compile the large ones takes minutes.
-    """
-    measured = []
-    groups = [(profile.name, profile.bench.passes, fast)] + [(large, large_passes, None)] * (large != profile.name)
-    for name, passes, models in groups:
+    Random weights do."""
+    measured, passes = [], profile.bench.passes
+    for name, models in [(profile.name, fast)] + [(large, None)] * (large != profile.name):
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
-        several = {"target": map(Work, COMPILED)}
-        compile_ahead({model: [Work(1, draws=1), *several.get(role, ())] for role, model in models.items()})
-        measured.append((name, passes, measure_steps(models, sampling=ready_sampling(Sampling(), passes))))
-    bandwidth = max(step.bandwidth for *_, steps in measured for step in steps)
+        measured.append((name, measure_steps(models, sampling=ready_sampling(Sampling(), passes))))
+    bandwidth = max(step.bandwidth for _, steps in measured for step in steps)
     return [
         {"sizes": name, "passes": passes} | row
-        for name, passes, steps in measured
+        for name, steps in measured
         for row in as_rows([replace(step, bandwidth=bandwidth) for step in steps])
     ]
 

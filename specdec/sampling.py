@@ -30,6 +30,10 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number in (0, 1], or None to keep every token.")
 
+    @property
+    def filters(self) -> bool:
+        return self.top_k is not None or self.top_p is not None
+
     def probs(self, logits: Tensor, model: str = "model") -> Tensor:
         """Logits (…, V) → probabilities (…, V), in float32, or float64 if the logits are.
 

@@ -22,10 +22,12 @@ hypothesis.settings.register_profile("specdec", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("specdec")
 
 
-def make_model(n_layers=2, width=16, seed=0, *, vocab_size=8, n_ids=5, context=16, n_heads=2, n_kv_heads=1, scale=6.0):
+def make_model(n_layers=2, width=16, seed=0, *, vocab_size=8, n_ids=5, context=16, n_heads=2, n_kv_heads=1, scale=6.0,
+               activation="gelu"):  # fmt: skip
     """A random float64 Transformer whose distributions are far from uniform."""
     config = ModelConfig(
-        n_layers, n_heads, width, n_kv_heads, vocab_size=vocab_size, n_ids=n_ids, context=context, dropout=0.0
+        n_layers, n_heads, width, n_kv_heads, vocab_size=vocab_size, n_ids=n_ids, context=context, dropout=0.0,
+        activation=activation,
     )
     model = Transformer(config, torch.Generator().manual_seed(seed)).double().eval()
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_a_draft_that_is_the_target_is_always_right(rule, sampling):
 
 @dataclass(frozen=True)
 class WithoutLooking(Sampling):
-    """As on an accelerator and in compiled programs: a bad row becomes NaN, and the engine sees the token it gives."""
+    """As on an accelerator and in compiled passes: a bad row becomes NaN, and the engine sees the token it gives."""
 
     def probs(self, logits, model="model"):
         return self.probs_or_nan(logits)

@@ -1,21 +1,19 @@
-"""Every fast path against the plain one: fixed shapes, captured drafts, trimmed output layers, exact passes."""
-
-import copy
+"""Every fast path against the plain one: fixed shapes, compiled passes, captured drafts, trimmed output layers."""
 
 import pytest
 import torch
 from conftest import make_model, needs_compiler
 from torch import nn
 
-from specdec.compiled import CompiledShapes, Work, stream
-from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, ChainedDraftModel, DraftModel, fewest, frequent_ids
+from specdec import native
+from specdec.compiled import CompiledModel, PanelCache
+from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, ChainedDraftModel, DraftModel, PromptLookup, frequent_ids
 from specdec.engine import Trace, generate, speculate
-from specdec.inference import PASSES, compile_ahead, draw_next, ready, ready_rule, ready_sampling, trimmed
+from specdec.inference import PASSES, draw_next, ready, ready_rule, ready_sampling, trimmed
 from specdec.model import Transformer
+from specdec.native import MOST, PanelLinear
 from specdec.passes import EXACT_ROWS, Captured, FixedShapes
-from specdec.products import MOST, PanelLinear
 from specdec.profiles import get_profile
-from specdec.programs import program_path
 from specdec.sampling import RULES, Randomness, Sampling, token_wise
 
 
@@ -79,9 +77,40 @@ def test_products_of_few_rows(dtype, outputs):
         fast(torch.zeros(33, width, dtype=dtype))
 
 
-def test_panels_of_other_types_are_refused():
-    with pytest.raises(ValueError, match="of float32 or float64"):
+@needs_compiler
+def test_products_with_bfloat16_weights_are_summed_in_float32():
+    weight = nn.Linear(130, 40, bias=False).bfloat16()
+    fast, x = PanelLinear(weight), torch.randn(7, 130, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fast(x), x @ weight.weight.float().t())
+
+
+@needs_compiler
+def test_what_panels_cannot_multiply_is_refused():
+    with pytest.raises(ValueError, match="choose float32, float64 or bfloat16"):
         PanelLinear(nn.Linear(8, 8, bias=False, dtype=torch.float16))
+    with pytest.raises(ValueError, match="choose float32, float64 or bfloat16"):
+        ready(make_model(), torch.float16, "compiled")
+    with pytest.raises(ValueError, match="rows of 7 numbers were given where 8 are multiplied"):
+        PanelLinear(nn.Linear(8, 8, bias=False))(torch.zeros(1, 7))
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_whole(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECDEC_BUILD", str(tmp_path))
+    path, place = native.library_path(), native.put_in_place
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native, "put_in_place", cut)
+    with pytest.raises(KeyboardInterrupt):
+        native.library.__wrapped__()
+    (partial,) = path.parent.iterdir()  # nobody takes it for the library
+    place(partial, path)
+    monkeypatch.setattr(native, "build", cut)
+    assert native.library.__wrapped__().multiply
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DANOTHER"))
+    assert native.library_path() != path
 
 
 @needs_compiler
@@ -95,95 +124,106 @@ def test_a_model_made_ready_is_the_same_model():
         torch.testing.assert_close(fast(ids, other), model(ids, cache))
 
 
-@needs_compiler
-@torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2}, {"n_heads": 4, "n_kv_heads": 1}])
-def test_a_model_written_for_the_compiler_is_the_same_model(shape, dtype):
-    """One token and several, of types with panels and of those left with sums; what stands in the cache beyond the text
-    does not matter."""
-    model = make_model(context=32, **shape).to(dtype)
-    near = {} if dtype == torch.float64 else {"atol": 8 * torch.finfo(dtype).eps, "rtol": 8 * torch.finfo(dtype).eps}
-    short = stream(copy.deepcopy(model))
-    cache, other = model.new_cache(), model.new_cache()
-    other.k.normal_(), other.v.normal_()
-    ids = torch.randint(0, 5, (1, 14), generator=torch.Generator().manual_seed(0))
-    for start, end in ((0, 9), (9, 10), (10, 12), (12, 13), (13, 14)):
-        logits = model(ids[:, start:end], cache)
-        torch.testing.assert_close(short.forward_at(ids[:, start:end], torch.arange(start, end), other.k, other.v), logits, **near)
-    torch.testing.assert_close(other.k[..., :14, :], cache.k[..., :14, :], **near)
-
-
-TWO_PROGRAMS = {"context": 130, "n_layers": 1, "n_kv_heads": 2}  # of one size, so that tests share what they compile
+SHAPES = [
+    {}, {"n_kv_heads": 2}, {"n_heads": 4, "n_kv_heads": 1}, {"width": 20, "n_heads": 2, "vocab_size": 13},
+    {"width": 24, "n_heads": 2, "n_layers": 1, "context": 131}, {"activation": "relu2"},
+]  # fmt: skip
 
 
 @needs_compiler
 @torch.inference_mode()
-def test_compiled_passes_are_the_same_passes():
-    model = make_model(**TWO_PROGRAMS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compiled_passes_are_the_same_passes(shape, dtype, threads):
+    """A prompt longer than a pass, single tokens, several, up to the last row of the context, rolled back and read again;
+    whatever stands in the cache beyond the text. Widths and heads that fill no panel, more threads than heads."""
+    model = make_model(**{"context": 130} | shape, scale=2.0).to(dtype)
+    fast, context = ready(model, dtype, "compiled"), model.config.context
+    near = {"atol": 4 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps} if dtype == torch.bfloat16 else {}
+    cache, other = model.new_cache(), fast.new_cache()
+    other.k.fill_(7), other.v.fill_(7)
+    ids = torch.randint(0, 5, (1, context), generator=torch.Generator().manual_seed(2))
+    torch.set_num_threads(threads)
+    try:
+        for start, end in ((0, 60), (60, 61), (61, 62), (62, 66), (66, 75), (75, 126), (126, context)):
+            logits = model(ids[:, start:end], cache)
+            torch.testing.assert_close(fast(ids[:, start:end], other).to(dtype), logits, **near)
+            other.truncate(end - 1), cache.truncate(end - 1)
+            last = fast(ids[:, end - 1 : end], other).to(dtype)
+            torch.testing.assert_close(last, model(ids[:, end - 1 : end], cache), **near)
+    finally:
+        torch.set_num_threads(1)
+    with pytest.raises(ValueError, match=f"the cache holds {context} tokens"):
+        fast(ids[:, :1], other)
+    with pytest.raises(ValueError, match="give at least one"):
+        fast(ids[:, :0], other)
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_ids_that_the_model_does_not_have_are_refused():
+    fast = ready(make_model(), torch.float64, "compiled")
+    for ids in ([[8]], [[1, -1]]):
+        with pytest.raises(IndexError, match="use the model's own tokenizer"):
+            fast(torch.tensor(ids), fast.new_cache())
+        with pytest.raises(IndexError, match="use the model's own tokenizer"):
+            fast.draw(torch.tensor(ids), fast.new_cache(), Sampling(), Randomness(0))
+
+
+SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.3), Sampling(1e-40), Sampling(0.7, top_k=4, top_p=0.9)]
+SHAPE = {"context": 130, "n_layers": 1, "n_kv_heads": 2}
+
+
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_compiled_steps_draw_the_same_tokens(sampling):
+    """A prompt, one token, two."""
+    model = make_model(**SHAPE)
     plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
-    assert isinstance(fast, CompiledShapes) and len(fast.sizes) < max(fast.sizes)
-    fast.sizes = (2, 12)
-    works = [Work(rows) for rows in fast.sizes]
-    compile_ahead({fast: [*works, Work(7)]})
-    assert not program_path(*fast.key(Work(7))).exists()  # of this size the model has none
-    assert all(program_path(*fast.key(work)).exists() for work in works)
+    assert isinstance(fast, CompiledModel)
     cache, other = plain.new_cache(), fast.new_cache()
-    ids = torch.randint(0, 5, (1, 130), generator=torch.Generator().manual_seed(2))
-    # a long prompt, one token twice, that runs as two, four that run as twelve and over a cut, more of the text, its end
-    for start, end in ((0, 60), (60, 61), (61, 62), (62, 66), (66, 126), (126, 130)):
-        torch.testing.assert_close(fast(ids[:, start:end], other), plain(ids[:, start:end], cache))
-        other.truncate(end - 1), cache.truncate(end - 1)  # rolled back and read again
-        torch.testing.assert_close(fast(ids[:, end - 1 : end], other), plain(ids[:, end - 1 : end], cache))
-
-
-SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7, top_k=4, top_p=0.9)]
-
-
-@needs_compiler
-def test_no_pass_is_longer_than_the_context():
-    assert ready(make_model(context=8), torch.float64, "compiled").sizes == (3, 6)
-    assert ready(make_model(context=32), torch.float64, "compiled").sizes == (3, 6, 9, 32)
+    for ids in ([1, 0, 2, 1, 4], [3], [2, 2], [0], [1, 4]):
+        for seed in range(5):
+            (mine, q), (token, probs) = (
+                draw_next(m, torch.tensor([ids]), c, sampling, Randomness(seed)) for m, c in ((fast, other), (plain, cache))
+            )
+            assert torch.equal(mine, token) and cache.length == other.length
+            torch.testing.assert_close(q, probs)
+            assert q.shape == (1, 5)
+            for c in (cache, other):
+                c.truncate(c.length - len(ids) * (seed < 4))
 
 
 @needs_compiler
-@torch.inference_mode()
-def test_compiled_steps_draw_the_same_tokens():
-    """A prompt, one token, two, every temperature in one program."""
-    model = make_model(**TWO_PROGRAMS)
-    plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
-    samplings = [Sampling(), Sampling(0), Sampling(0.3), Sampling(1e-40)]
-    for sampling in samplings:
-        cache, other = plain.new_cache(), fast.new_cache()
-        for ids in ([1, 0, 2, 1, 4], [3], [2, 2], [0], [1, 4]):
-            for seed in range(5):
-                (mine, q), (token, probs) = (
-                    draw_next(m, torch.tensor([ids]), c, sampling, Randomness(seed)) for m, c in ((fast, other), (plain, cache))
-                )
-                assert torch.equal(mine, token) and cache.length == other.length
-                torch.testing.assert_close(q, probs)
-                assert q.shape == (1, 5)
-                for c in (cache, other):
-                    c.truncate(c.length - len(ids) * (seed < 4))
-    assert set(fast.programs) == {Work(1, 1), Work(2, 1)}
-    model.head.weight.data[0, 0] = torch.nan
-    broken = ready(model, torch.float64, "compiled")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_compiled_model_that_is_broken_is_named(sampling, value):
+    target = make_model(**SHAPE)
+    fast = ready(target, torch.float64, "compiled")
+    target.head.weight.data[0, 0] = value
+    broken = ready(target, torch.float64, "compiled")
+    options = {"rule": ready_rule(token_wise, "compiled"), "sampling": ready_sampling(sampling, "compiled"), "max_new_tokens": 5}
     with pytest.raises(ValueError, match="the target produced a logit that is not finite"):
-        list(generate(broken, [1], max_new_tokens=2))
-    with pytest.raises(ValueError, match="the draft model produced a logit that is not finite"):
-        list(speculate(fast, [1], drafter=DraftModel(broken), k=2, max_new_tokens=5))
+        list(generate(broken, [1], max_new_tokens=2, sampling=sampling))
+    with pytest.raises(ValueError, match="the target produced a logit that is not finite"):
+        list(speculate(broken, [1], drafter=ChainedDraftModel(fast), k=2, **options))
+    for drafter in (DraftModel, ChainedDraftModel):
+        with pytest.raises(ValueError, match="the draft model produced a logit that is not finite"):
+            list(speculate(fast, [1], drafter=drafter(broken), k=2, **options))
 
 
 @needs_compiler
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_compiled_text_is_the_same_text(sampling):
-    target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
+    target, draft = (make_model(seed=seed, **SHAPE) for seed in (1, 2))
     fast, drafts = (ready(model, torch.float64, "compiled") for model in (target, draft))
-    fast.sizes = (2, 12)
     options = {"rule": ready_rule(token_wise, "compiled"), "sampling": ready_sampling(sampling, "compiled")}
     plain = texts(target, DraftModel(draft), sampling=sampling)
-    assert texts(fast, DraftModel(drafts), **options) == plain
-    assert texts(fast, ChainedDraftModel(drafts), **options) == plain
+    for drafter in (DraftModel(drafts), AdaptiveDraftModel(drafts, least=0), ChainedDraftModel(drafts)):
+        assert texts(fast, drafter, **options) == plain
+    assert texts(fast, PromptLookup(5), **options) == texts(target, PromptLookup(5), sampling=sampling)
     own, plain = (
         list(generate(model, [1], max_new_tokens=12, sampling=s, randomness=Randomness(3)))
         for model, s in ((fast, options["sampling"]), (target, sampling))
@@ -193,27 +233,74 @@ def test_compiled_text_is_the_same_text(sampling):
 
 @needs_compiler
 @torch.inference_mode()
-def test_chained_drafts_are_the_same_drafts():
-    """Long proposals in programs of three steps and of one, of a trimmed draft, from a text of one token and from longer
-    ones; and no round reads more than it must."""
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1, top_k=3)], ids=str)
+def test_chained_drafts_are_the_same_drafts(sampling):
+    """Long proposals of a trimmed draft, from a text of one token and from longer ones, to the end of the context; and no
+    round reads more than it must."""
     ids = torch.tensor([0, 2, 3, 4])
-    target, draft = (make_model(seed=seed, **TWO_PROGRAMS) for seed in (1, 2))
+    target, draft = (make_model(seed=seed, **SHAPE | {"context": 20}) for seed in (1, 2))
     plain = DraftModel(trimmed(draft, ids))
     chained = ChainedDraftModel(ready(trimmed(draft, ids), torch.float64, "compiled"))
-    assert chained.chains == (5, 4, 1)
-    chained.chains, chained.model.sizes = (3, 1), (12,)  # what takes less compiling
     for k in (1, 3, 7):
         for prompt in ([1], [1, 0], [1, 0, 2, 4], [1, 0, 2, 4] * 3 + [2]):
-            assert texts(target, chained, k=k, n=14, prompt=prompt) == texts(target, plain, k=k, n=14, prompt=prompt)
-    read, model, trace = [], chained.model.model, Trace()
-    chained.model.model = lambda ids, cache: read.append(ids.shape[1]) or model(ids, cache)
-    list(speculate(draft, [1, 0, 2, 4], drafter=chained, k=5, max_new_tokens=40, randomness=Randomness(0), trace=trace))
-    assert any(r.accepted == 5 for r in trace.rounds) and read == [2]  # of the prompt; all else is in the programs
+            mine, theirs = (texts(target, d, k=k, n=20 - len(prompt), prompt=prompt, sampling=sampling) for d in (chained, plain))
+            assert mine == theirs
+    read, draw, trace = [], chained.model.draw, Trace()
+    chained.model.draw = lambda ids, *others: read.append(ids.shape[1]) or draw(ids, *others)
+    list(speculate(draft, [1, 0, 2, 4], drafter=chained, k=3, max_new_tokens=16, randomness=Randomness(0), trace=trace))
+    assert any(r.accepted == 3 for r in trace.rounds) and read[0] == 4 and set(read[1:]) == {1, 2}
 
 
-def test_a_proposal_takes_as_few_programs_as_there_can_be():
-    assert [fewest(k, (5, 4, 1)) for k in (0, 1, 3, 5, 8, 9)] == [(), (1,), (1, 1, 1), (5,), (4, 4), (5, 4)]
-    assert fewest(2, (1,)) == (1, 1)
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_sampling_is_the_same_sampling(sampling, dtype):
+    fast = ready_sampling(sampling, "compiled")
+    wide = 4 * torch.randn(6, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    logits = wide[:, :5].contiguous()
+    for rows in (logits, logits[:2], logits[:1], wide[:, :5], logits[0], wide.t()):  # several, one, views, one as it is
+        torch.testing.assert_close(fast.probs(rows), sampling.probs(rows))
+    torch.testing.assert_close(fast.probs(logits.bfloat16()), sampling.probs(logits.bfloat16()))
+    logits[1, 3] = torch.nan
+    assert fast.probs(logits).isnan().all(-1).tolist() == [False, True] + 4 * [False]
+
+
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_compiled_rule_decides_the_same(dtype):
+    """Refusals at every position, full acceptance, a draft equal to the target, one-hot rows, a row of NaN."""
+    fast, generator = ready_rule(token_wise, "compiled"), torch.Generator().manual_seed(1)
+    seen = set()
+    for k in (0, 1, 2, 8, *[5] * 12):
+        p, q = (torch.randn(n, 5, dtype=dtype, generator=generator).softmax(-1) for n in (k + 1, k))
+        one = torch.nn.functional.one_hot(torch.randint(0, 5, (k + 1,), generator=generator), 5).to(dtype)
+        drafted = torch.randint(0, 5, (k,), generator=generator)
+        for rows in ((q, p), (p[:k], p), (one[:k], p), (q, p.index_fill(0, torch.tensor([k // 2]), torch.nan))):
+            drafts = rows[0].argmax(-1) if rows[0] is not q else drafted
+            for seed in range(20):
+                mine, plain = (rule(drafts, *rows, Randomness(seed)) for rule in (fast, token_wise))
+                assert [x.tolist() for x in mine] == [x.tolist() for x in plain]
+                seen.add((k, int(mine[0])))
+    assert {(5, n) for n in range(6)} <= seen
+    mixed = torch.tensor([0]), q[:1].float(), p[:2].double()  # of two types
+    for seed in range(20):
+        assert [x.tolist() for x in fast(*mixed, Randomness(seed))] == [x.tolist() for x in token_wise(*mixed, Randomness(seed))]
+    with pytest.raises(IndexError):
+        fast(torch.tensor([5]), q[:1], p[:2], Randomness(0))
+    assert ready_rule(RULES["block"], "compiled") is RULES["block"]
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_compiled_models_do_not_share_their_caches():
+    """Two texts at a time on one model."""
+    fast = ready(make_model(**SHAPE), torch.float64, "compiled")
+    alone = [list(generate(fast, [x], max_new_tokens=9, randomness=Randomness(x))) for x in (1, 2)]
+    streams = [generate(fast, [x], max_new_tokens=9, randomness=Randomness(x)) for x in (1, 2)]
+    assert [list(text) for text in zip(*zip(*streams))] == alone
+    assert isinstance(fast.new_cache(), PanelCache)
 
 
 def test_compiled_passes_are_for_the_cpu():
@@ -328,6 +415,12 @@ def test_unknown_passes():
         ready(make_model(), passes="fast")
 
 
+PATHS = pytest.mark.parametrize(
+    "dtype, passes",
+    [pytest.param(d, p, marks=[needs_compiler] * (p != "eager")) for p in ("eager", "compiled") for d in ("float32", "bfloat16")],
+)
+
+
 class TestExact:
     """The same bits however many tokens are read together."""
 
@@ -342,19 +435,19 @@ class TestExact:
         return model
 
     @torch.inference_mode()
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_logits_do_not_depend_on_the_company(self, model, dtype):
-        exact = ready(model, dtype, exact=True)
+    @PATHS
+    def test_logits_do_not_depend_on_the_company(self, model, dtype, passes):
+        exact = ready(model, dtype, passes, exact=True)
         ids = torch.randint(0, 512, (1, 60), generator=torch.Generator().manual_seed(2))
         cache = exact.new_cache()
         one_by_one = torch.cat([exact(ids[:, i : i + 1], cache) for i in range(60)], 1)
-        cache.truncate(0)
-        blocks = torch.cat([exact(block, cache) for block in ids.split(7, 1)], 1)
-        assert torch.equal(one_by_one, blocks)
+        for size in (2, 3, 7, 10, 16):
+            cache.truncate(0)
+            assert torch.equal(one_by_one, torch.cat([exact(block, cache) for block in ids.split(size, 1)], 1))
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_greedy_text_is_the_target_s_own_token_for_token(self, model, dtype):
-        exact = ready(model, dtype, exact=True)
+    @PATHS
+    def test_greedy_text_is_the_target_s_own_token_for_token(self, model, dtype, passes):
+        exact = ready(model, dtype, passes, exact=True)
         drafter = DraftModel(ready(model, dtype))  # agrees nearly always: long blocks are accepted
         for start in range(6):
             own = list(generate(exact, [start], max_new_tokens=60, sampling=Sampling(0)))

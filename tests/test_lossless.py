@@ -116,6 +116,8 @@ def test_other_drafters(proof, rule, k):
 FAST = {
     "passes of fixed shape, captured": (torch.float64, {"passes": "graphs"}, EXACT),
     "compiled passes": (torch.float64, {"passes": "compiled"}, EXACT),
+    "compiled passes, float32": (torch.float32, {"passes": "compiled"}, 1e-5),
+    "compiled passes, bfloat16": (torch.bfloat16, {"passes": "compiled"}, 1e-5),
     "exact passes, float32": (torch.float32, {"exact": True}, 1e-5),
     "exact passes, bfloat16": (torch.bfloat16, {"exact": True}, 1e-5),
 }
@@ -137,7 +139,7 @@ def law_of_passes(target, prompt, n):
 
 
 @pytest.mark.parametrize("rule", ["token-wise", pytest.param("block", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] * n.startswith("compiled")) for n in FAST])
+@pytest.mark.parametrize("name", FAST)
 def test_fast_paths_keep_the_law(proof, rule, name):
     """In bfloat16 too: there the target's law is what its own passes compute, rounding included."""
     dtype, options, bound = FAST[name]

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from chisquare import ALARM, LEAST, ChiSquare, cells, critical, tail
+from conftest import needs_compiler
 from mistakes import Hole
 from uncached import Uncached, differences
 
 from specdec.bench import greedy_ties
 from specdec.data import held_out_prompts
-from specdec.drafting import DraftModel
+from specdec.drafting import DraftModel, drafter_of
 from specdec.engine import Trace, speculate
-from specdec.inference import ready
+from specdec.inference import read, ready, ready_rule, ready_sampling
 from specdec.sampling import RULES, Randomness, Sampling, block, token_wise
 
 V, N = 50_304, 20_000  # ids; rounds of a test
@@ -83,12 +84,14 @@ def reject_texts(proof, name, text, p):
 
 
 SOME_RULES = ["token-wise", pytest.param("block", marks=pytest.mark.thorough)]
+COMPILED = "token-wise, compiled"
+ALL = RULES | {COMPILED: ready_rule(token_wise, "compiled")}
 
 
-@pytest.mark.parametrize("rule", SOME_RULES)
+@pytest.mark.parametrize("rule", [*SOME_RULES, pytest.param(COMPILED, marks=[needs_compiler, pytest.mark.thorough])])
 def test_texts_at_full_size(proof, rule):
     p, q = rows()
-    check_texts(proof, f"{V:,} ids, {rule}", emitted(RULES[rule], p, q, N, seed=1), p)
+    check_texts(proof, f"{V:,} ids, {rule}", emitted(ALL[rule], p, q, N, seed=1), p)
 
 
 @pytest.mark.parametrize("rule", SOME_RULES)
@@ -234,20 +237,52 @@ def test_cached_rows_of_the_trained_pair(proof, trained):
     proof.control("the draft's last token never fed, trained pair", "rounds decided differently", different, 0, n)
 
 
+@needs_compiler
+def test_compiled_steps_of_the_trained_pair(proof, trained):
+    """Rows of a compiled engine beside those of the plain one, and tokens drawn in its own code counted."""
+    target, draft, data = trained
+    prompt, found = held_out_prompts(data, 2, 24)[1], {}
+    arms = {name: [ready(model, "float32", name) for model in (target, draft)] for name in ("eager", "compiled")}
+    for name, (t, d) in arms.items():
+        trace = Trace(keep_probs=True)
+        sampling, rule = ready_sampling(Sampling(), name), ready_rule(token_wise, name)
+        options = dict(sampling=sampling, rule=rule, max_new_tokens=48, randomness=Randomness(5), trace=trace)
+        list(speculate(t, prompt, drafter=drafter_of(d), k=K, **options))
+        found[name] = trace.rounds
+    different, largest = differences(zip(found["compiled"], found["eager"]))
+    n = len(found["eager"])
+    proof.check("compiled against plain passes, trained pair", "rounds decided differently", different, 0, n)
+    proof.check("compiled against plain passes, trained pair", "largest difference of a row of p or q, float32", largest, 1e-3, n)
+    fast, randomness, text = arms["compiled"][1], Randomness(6), torch.tensor([prompt])
+    cache, tokens = fast.new_cache(), []
+    read(fast, text[:, :-1], cache)
+    for _ in range(N):
+        cache.truncate(len(prompt) - 1)
+        token, q = fast.draw(text[:, -1:], cache, Sampling(), randomness)
+        tokens.append(token)
+    test = ChiSquare.of(q[0], N)
+    made.append("steps of the compiled draft, trained pair")
+    proof.check(made[-1], WHAT, test.z(torch.cat(tokens).bincount(minlength=q.shape[1])), test.bound, N)
+
+
 GREEDY = "largest top-two margin at which a greedy text parted ÷ noise floor"
 
 
+@needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_texts_of_the_trained_pair(proof, trained, dtype):
-    """They part only where rounding decides, and in the exact mode nowhere."""
+    """They part only where rounding decides, and in exact or compiled passes nowhere."""
     target, draft, data = trained
     prompts, drafter, n = held_out_prompts(data, 2, 24), DraftModel(ready(draft, dtype)), 24
     ties = greedy_ties(ready(target, dtype), drafter, prompts, k=K, new_tokens=n)
     figure = ties.largest / ties.floor if ties.floor else 0.0
     proof.check(f"greedy texts, trained pair, {dtype}", GREEDY, figure, 1, ties.tokens)
-    exact = greedy_ties(ready(target, dtype, exact=True), drafter, prompts, k=K, new_tokens=n)
-    proof.check(f"exact passes, trained pair, {dtype}", "greedy texts that parted", exact.parted, 0, exact.tokens)
-    proof.check(f"exact passes, trained pair, {dtype}", "change of a margin with the rows read together", exact.floor, 0, exact.tokens)
+    for name in ("exact", "compiled"):
+        model = ready(target, dtype, "compiled" if name == "compiled" else "eager", exact=name == "exact")
+        exact = greedy_ties(model, drafter, prompts, k=K, new_tokens=n)
+        name = f"{name} passes, trained pair, {dtype}"
+        proof.check(name, "greedy texts that parted", exact.parted, 0, exact.tokens)
+        proof.check(name, "change of a margin with the rows read together", exact.floor, 0, exact.tokens)
 
 
 # The test of the tests

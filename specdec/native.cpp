@@ -1,0 +1,492 @@
+// Passes of a Transformer over a few rows, at the speed at which memory delivers its weights.
+//
+// A weight is loaded once and multiplied with up to six rows while it is in its register; the sums of all of them stay in
+// the core until they are complete. More rows take a block of weights that was just used out of the nearest cache, and
+// the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call: what lies between
+// two products, and the threads' waiting for each other, would otherwise take as long as the products of a small model.
+//
+//     R rows · C width · D head size · S tokens in the cache · matrices as panels (outputs/8, inputs, 8), W their type
+//
+// The cache is panels too: keys (layers, K, S/8, D, 8), values (layers, K, D/8, S, 8), so that attention is two products.
+// A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+
+#include <omp.h>
+
+namespace {
+
+constexpr long LANES = 8;  // outputs of a panel
+constexpr long ROWS = 6, MOST = 32;  // rows of one go, and in all
+constexpr long BLOCK = 64, AHEAD = 64;  // columns of a block, and how far ahead weights are asked for
+
+// an array of sums is kept in registers only if no loop over it is left
+#define UNROLL _Pragma("GCC unroll 8")
+
+template <typename T>
+struct Vector {
+  typedef T Lanes __attribute__((vector_size(LANES * sizeof(T))));
+};
+template <typename T>
+using Lanes = typename Vector<T>::Lanes;
+
+struct bfloat16 {
+  uint16_t bits;
+  operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+};
+
+template <typename T>
+Lanes<T> load(const T* at) {
+  return *(const Lanes<T>*)at;
+}
+inline Lanes<float> load(const bfloat16* at) {
+  return (Lanes<float>)(__builtin_convertvector(*(const Lanes<uint16_t>*)at, Lanes<uint32_t>) << 16);
+}
+
+// Where the threads of one call wait for each other. They do so some fifty times a pass; OpenMP's own barrier calls the kernel each time.
+struct Meetings {
+  std::atomic<int> waiting{0}, held{0};
+};
+
+struct Thread {
+  Meetings& meetings;
+  int me, of;
+
+  // the share of n things that is this thread's
+  long begin(long n) const { return n * me / of; }
+  long end(long n) const { return n * (me + 1) / of; }
+
+  void meet() const {
+    const int before = meetings.held.load();
+    if (meetings.waiting.fetch_add(1) + 1 == of) {
+      meetings.waiting.store(0);
+      meetings.held.store(before + 1);
+      return;
+    }
+    for (long turns = 0; meetings.held.load(std::memory_order_acquire) == before; turns++)
+      if (turns > 20000) std::this_thread::yield();  // somebody else works on this machine
+  }
+};
+
+template <typename Work>
+void together(Work work) {
+  Meetings meetings;
+#pragma omp parallel
+  work(Thread{meetings, omp_get_thread_num(), omp_get_num_threads()});
+}
+
+// sums (R, P) = or, if `onto`, += R rows of x · P panels, over n columns; rows of x lie `stride` numbers apart, panels `apart`
+template <typename W, typename T, int R, int P>
+void add(const T* x, long stride, const W* panels, long apart, long n, Lanes<T>* sums, bool onto) {
+  Lanes<T> sum[R][P] = {};
+  if (onto) UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] = sums[r * P + p];
+  for (long c = 0; c < n; c++) {
+    Lanes<T> weight[P];
+    UNROLL for (int p = 0; p < P; p++) {
+      const W* at = panels + p * apart + c * LANES;
+      weight[p] = load(at);
+      if (P < 4) __builtin_prefetch(at + AHEAD * LANES);  // of four places the processor does so itself
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] += weight[p] * x[r * stride + c];
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sums[r * P + p] = sum[r][p];
+}
+
+// sums (R, P) = x (R, C) · P panels
+template <typename W, typename T, int P>
+void multiply(const T* x, long stride, long rows, const W* panels, long apart, long width, Lanes<T>* sums) {
+  constexpr decltype(&add<W, T, 1, P>) adds[] = {add<W, T, 1, P>, add<W, T, 2, P>, add<W, T, 3, P>,
+                                                 add<W, T, 4, P>, add<W, T, 5, P>, add<W, T, 6, P>};
+  const long block = rows > ROWS ? BLOCK : width;
+  for (long c = 0; c < width; c += block)
+    for (long r = 0; r < rows; r += ROWS)
+      adds[std::min(ROWS, rows - r) - 1](x + r * stride + c, stride, panels + c * LANES, apart, std::min(block, width - c),
+                                         sums + r * P, c > 0);
+}
+
+// A thread's share of x (R, C) · panels, P of them at once, from places far apart: `then(row, panel, sums)` is told each result.
+template <typename W, typename T, int P, typename Then>
+void share(Thread t, const T* x, long stride, long rows, const W* panels, long n_panels, long width, Then then) {
+  const long part = n_panels / P;
+  for (long j = t.begin(part); j < t.end(part); j++) {
+    Lanes<T> sums[MOST * P];
+    multiply<W, T, P>(x, stride, rows, panels + j * width * LANES, part * width * LANES, width, sums);
+    for (long r = 0; r < rows; r++)
+      for (int p = 0; p < P; p++) then(r, j + p * part, sums[r * P + p]);
+  }
+}
+
+template <typename W, typename T, typename Then>
+void product(Thread t, const T* x, long stride, long rows, const void* panels, long n_panels, long width, Then then) {
+  const W* w = (const W*)panels;
+  if (rows <= 3 && n_panels % 4 == 0) share<W, T, 4>(t, x, stride, rows, w, n_panels, width, then);  // 16 registers
+  else if (n_panels % 2 == 0) share<W, T, 2>(t, x, stride, rows, w, n_panels, width, then);
+  else share<W, T, 1>(t, x, stride, rows, w, n_panels, width, then);
+}
+
+// y (R, panels · 8) = x (R, C) · panels that lie side by side in a cache, by one thread
+template <typename T>
+void small_product(const T* x, long stride, long rows, const T* panels, long apart, long n_panels, long width, T* y, long y_stride) {
+  long j = 0;
+  auto go = [&](auto places) {
+    constexpr int P = decltype(places)::value;
+    for (; j + P <= n_panels; j += P) {
+      Lanes<T> sums[ROWS * P];
+      multiply<T, T, P>(x, stride, rows, panels + j * apart, apart, width, sums);
+      for (long r = 0; r < rows; r++)
+        for (int p = 0; p < P; p++) *(Lanes<T>*)(y + r * y_stride + (j + p) * LANES) = sums[r * P + p];
+    }
+  };
+  if (rows <= 3) go(std::integral_constant<int, 4>());
+  go(std::integral_constant<int, 2>());
+  go(std::integral_constant<int, 1>());
+}
+
+// Exponentials would take longer than the products beside them, one number at a time or by a library's call: float32, eight at
+// once.
+
+inline Lanes<double> exp(Lanes<double> x) {
+  for (int i = 0; i < LANES; i++) x[i] = std::exp(x[i]);
+  return x;
+}
+inline Lanes<float> exp(Lanes<float> x) {  // 2ⁿ · eʳ, |r| ≤ log(2)/2, the series of eʳ up to r⁷
+  const Lanes<float> given = x;
+  x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
+  const Lanes<float> n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // rounds to an integer
+  const Lanes<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log(2) in two parts
+  Lanes<float> series = r * (1 / 5040.f) + 1 / 720.f;
+  for (float factor : {1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f}) series = series * r + factor;
+  const Lanes<float> power = (Lanes<float>)((__builtin_convertvector(n, Lanes<int32_t>) + 127) << 23);
+  return given < -87.f ? 0 : series * power;
+}
+
+inline Lanes<double> erf(Lanes<double> x) {
+  for (int i = 0; i < LANES; i++) x[i] = std::erf(x[i]);
+  return x;
+}
+inline Lanes<float> erf(Lanes<float> x) {  // Abramowitz and Stegun 1964, 7.1.26
+  const Lanes<float> size = x < 0 ? -x : x, t = 1 / (1 + 0.3275911f * size);
+  Lanes<float> series = t * 1.061405429f;
+  for (float factor : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) series = (series + factor) * t;
+  const Lanes<float> positive = 1 - series * exp(-size * size);
+  return x < 0 ? -positive : positive;
+}
+
+template <typename T, typename Function>
+void each(T* x, long n, Function function) {
+  Lanes<T> v{};
+  for (; n >= LANES; n -= LANES, x += LANES) {
+    std::memcpy(&v, x, sizeof v);
+    v = function(v);
+    std::memcpy(x, &v, sizeof v);
+  }
+  std::memcpy(&v, x, n * sizeof(T));
+  v = function(v);
+  std::memcpy(x, &v, n * sizeof(T));
+}
+
+template <typename T>
+T sum(const T* x, long n) {
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (long i = 0; i < n; i++) total += x[i];
+  return total;
+}
+
+// x (n) → exp((x − max x) ÷ temperature), over its sum
+template <typename T>
+void softmax(T* x, long n, T temperature) {
+  T most = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : most)
+  for (long i = 0; i < n; i++) most = std::max(most, x[i]);
+  each(x, n, [=](Lanes<T> v) { return exp((v - most) / temperature); });
+  const T scale = 1 / sum(x, n);
+  for (long i = 0; i < n; i++) x[i] *= scale;
+}
+
+// logits (n) → probabilities, as sampling.Sampling without filters; a row that is not finite becomes NaN
+template <typename T>
+void probabilities(const T* logits, long n, double temperature, T* probs) {
+  if (!std::isfinite(sum(logits, n))) {
+    std::fill_n(probs, n, std::numeric_limits<T>::quiet_NaN());
+  } else if (temperature == 0) {
+    const long first = std::max_element(logits, logits + n) - logits;
+    std::fill_n(probs, n, T(0));
+    probs[first] = 1;
+  } else {
+    std::copy_n(logits, n, probs);
+    softmax(probs, n, std::max(T(temperature), std::numeric_limits<T>::min()));
+  }
+}
+
+// One index out of probs (n) for a uniform number, by inversion in float64, as sampling.Randomness; n for a row of NaN.
+template <typename T>
+long choose(const T* probs, long n, double number) {
+  double total = 0, before = 0;
+#pragma omp simd reduction(+ : total)
+  for (long i = 0; i < n; i++) total += double(probs[i]);
+  if (std::isnan(total)) return n;
+  long last = n;  // where the sums round differently than the total, the last index that has a probability
+  for (long i = 0; i < n; i++) {
+    if (probs[i] > 0) last = i;
+    before += double(probs[i]);
+    if (before > number * total) return i;
+  }
+  return last;
+}
+
+struct Layer {
+  const void *attention_norm, *qkv, *out, *mlp_norm, *up, *down;
+};
+
+struct Model {
+  long n_layers, n_heads, n_kv_heads, head_size, width, hidden, n_ids, n_offered, n_choices, squared, capacity;
+  double norm_eps;
+  const void *embedding, *cos, *sin, *norm, *head;  // cos and sin (context, D/2)
+  const int64_t* offered;  // ids of a trimmed output layer, or null
+  const Layer* layers;
+};
+
+long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+template <typename W, typename T>
+struct Pass {
+  const Model& m;
+  T *keys, *values;
+  const long C = padded(m.width), D = m.head_size, K = m.n_kv_heads, H = m.n_heads, S = m.capacity;
+  const long qkv_width = padded((H + 2 * K) * D), N = padded(m.n_offered);
+  std::unique_ptr<T, decltype(&std::free)> memory{nullptr, std::free};
+  T *x, *normed, *qkv, *queries, *mixed, *hidden, *scores, *logits;
+
+  Pass(const Model& model, void* keys, void* values, long rows, int threads)
+      : m(model), keys((T*)keys), values((T*)values) {
+    T** const places[] = {&x, &normed, &qkv, &queries, &mixed, &hidden, &scores, &logits};
+    const long sizes[] = {rows * C, threads * rows * C, rows * qkv_width, H * rows * D, rows * C, rows * padded(m.hidden),
+                          threads * ROWS * (padded(S) + padded(D)), N};
+    long total = 0;
+    for (long size : sizes) total += (size + 15) / 16 * 16;
+    memory.reset((T*)std::aligned_alloc(64, total * sizeof(T)));
+    T* at = memory.get();
+    for (int i = 0; i < 8; i++) *places[i] = at, at += (sizes[i] + 15) / 16 * 16;
+  }
+
+  T* norm(Thread t, long rows, const void* weight) {  // every thread for itself, which is shorter than waiting for others
+    T* y = normed + t.me * rows * C;
+    for (long r = 0; r < rows; r++) {
+      const T *from = x + r * C, *w = (const T*)weight;
+      T squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (long c = 0; c < m.width; c++) squares += from[c] * from[c];
+      const T scale = 1 / std::sqrt(squares / m.width + T(m.norm_eps));
+      for (long c = 0; c < m.width; c++) y[r * C + c] = from[c] * scale * w[c];
+    }
+    return y;
+  }
+
+  // turns a head's numbers by their position's angles; `to` takes them one by one
+  template <typename To>
+  void rotate(const T* from, long position, T factor, To to) {
+    const T *cos = (const T*)m.cos + position * (D / 2), *sin = (const T*)m.sin + position * (D / 2);
+    for (long d = 0; d < D / 2; d++) {
+      const T a = from[d], b = from[d + D / 2];
+      to(d, (a * cos[d] - b * sin[d]) * factor);
+      to(d + D / 2, (b * cos[d] + a * sin[d]) * factor);
+    }
+  }
+
+  T* keys_of(long layer, long head) { return keys + (layer * K + head) * padded(S) * D; }
+  T* values_of(long layer, long head) { return values + (layer * K + head) * padded(D) * S; }
+
+  void place(Thread t, long layer, long rows, long start) {  // qkv → queries (H, R, D) and the cache
+    const T factor = 1 / std::sqrt(T(D));
+    for (long i = t.begin(rows * (H + K)); i < t.end(rows * (H + K)); i++) {
+      const long r = i / (H + K), h = i % (H + K), position = start + r;
+      const T* from = qkv + r * qkv_width + h * D;
+      if (h < H) {
+        T* to = queries + (h * rows + r) * D;
+        rotate(from, position, factor, [=](long d, T value) { to[d] = value; });
+        continue;
+      }
+      T *key = keys_of(layer, h - H) + position / LANES * LANES * D + position % LANES;
+      T *value = values_of(layer, h - H) + position * LANES;
+      rotate(from, position, T(1), [=](long d, T value) { key[d * LANES] = value; });
+      for (long d = 0; d < D; d++) value[d / LANES * LANES * S + d % LANES] = from[K * D + d];
+    }
+  }
+
+  void attend(Thread t, long layer, long rows, long start) {
+    const long end = start + rows, group = H / K * rows;  // queries of one key-value head lie together
+    T* probs = scores + t.me * ROWS * (padded(S) + padded(D));
+    T* y = probs + ROWS * padded(S);
+    for (long i = t.begin(H * rows), n; i < t.end(H * rows); i += n) {
+      const long head = i / group;
+      n = std::min({ROWS, t.end(H * rows) - i, (head + 1) * group - i});
+      small_product(queries + i * D, D, n, keys_of(layer, head), LANES * D, padded(end) / LANES, D, probs, padded(S));
+      for (long q = 0; q < n; q++) {
+        const long visible = start + (i + q) % rows + 1;
+        softmax(probs + q * padded(S), visible, T(1));
+        std::fill(probs + q * padded(S) + visible, probs + q * padded(S) + end, T(0));
+      }
+      small_product(probs, padded(S), n, values_of(layer, head), LANES * S, padded(D) / LANES, end, y, padded(D));
+      for (long q = 0; q < n; q++) std::copy_n(y + q * padded(D), D, mixed + (i + q) % rows * C + (i + q) / rows * D);
+    }
+  }
+
+  Lanes<T> activated(Lanes<T> v) const {
+    if (m.squared) return v < 0 ? 0 * v : v * v;
+    return v * T(0.5) * (1 + erf(v * T(M_SQRT1_2)));
+  }
+
+  // R tokens after `start` others; the logits of the last n_logits of them, each of N numbers
+  void read(Thread t, const int64_t* ids, long rows, long start, long n_logits, T* to) {
+    const long F = padded(m.hidden);
+    auto store = [](T* y, long stride) {
+      return [=](long r, long j, Lanes<T> sums) { *(Lanes<T>*)(y + r * stride + j * LANES) = sums; };
+    };
+    auto onto = [=, this](long r, long j, Lanes<T> sums) { *(Lanes<T>*)(x + r * C + j * LANES) += sums; };
+    for (long r = t.begin(rows); r < t.end(rows); r++) {
+      const W* from = (const W*)m.embedding + ids[r] * m.width;
+      std::fill(x + r * C + m.width, x + (r + 1) * C, T(0));
+      for (long c = 0; c < m.width; c++) x[r * C + c] = from[c];
+    }
+    t.meet();
+    for (long i = 0; i < m.n_layers; i++) {
+      const Layer& layer = m.layers[i];
+      product<W>(t, norm(t, rows, layer.attention_norm), C, rows, layer.qkv, qkv_width / LANES, m.width, store(qkv, qkv_width));
+      t.meet();
+      place(t, i, rows, start);
+      t.meet();
+      attend(t, i, rows, start);
+      t.meet();
+      product<W>(t, mixed, C, rows, layer.out, C / LANES, m.width, onto);
+      t.meet();
+      product<W>(t, norm(t, rows, layer.mlp_norm), C, rows, layer.up, F / LANES, m.width, [=, this](long r, long j, Lanes<T> sums) {
+        *(Lanes<T>*)(hidden + r * F + j * LANES) = activated(sums);
+      });
+      t.meet();
+      product<W>(t, hidden, F, rows, layer.down, C / LANES, m.hidden, onto);
+      t.meet();
+    }
+    if (n_logits)
+      product<W>(t, norm(t, rows, m.norm) + (rows - n_logits) * C, C, n_logits, m.head, N / LANES, m.width, store(to, N));
+  }
+
+  // n tokens, each drawn for one of the numbers, after R others of which none is in the cache yet
+  void draw(Thread t, const int64_t* ids, long rows, long start, long n, double temperature, const double* numbers,
+            int64_t* tokens, T* probs, int64_t* next) {
+    for (long i = 0; i < n; i++) {
+      read(t, ids, rows, start, 1, logits);
+      t.meet();
+      if (t.me == 0) {
+        T* row = probs + i * m.n_choices;
+        probabilities(logits, m.n_choices, temperature, row);
+        tokens[i] = choose(row, m.n_choices, numbers[i]);
+        const long token = std::min<long>(tokens[i], m.n_choices - 1);  // after a row of NaN, which the engine sees itself
+        *next = m.offered ? m.offered[token] : token;
+      }
+      t.meet();
+      ids = next, start += rows, rows = 1;
+    }
+  }
+};
+
+// the rule sampling.token_wise; numbers (k+1)
+template <typename T>
+void decide(const int64_t* drafted, const T* q, const T* p, const double* numbers, long k, long n, int64_t* decision) {
+  long accepted = 0;
+  for (; accepted < k; accepted++, p += n, q += n)
+    if (!(numbers[accepted] < double(p[drafted[accepted]] / q[drafted[accepted]]))) break;
+  decision[0] = accepted;
+  if (accepted < k) {
+    auto rest = std::make_unique<T[]>(n);
+    for (long i = 0; i < n; i++) rest[i] = p[i] - q[i] < 0 ? T(0) : p[i] - q[i];  // a NaN stays one
+    const T total = sum(rest.get(), n);
+    for (long i = 0; i < n; i++) rest[i] /= total;
+    decision[1] = choose(total == 0 ? p : rest.get(), n, numbers[k]);
+  } else {
+    decision[1] = choose(p, n, numbers[k]);
+  }
+}
+
+bool known(const int64_t* ids, long n, long n_ids) {
+  return std::all_of(ids, ids + n, [=](int64_t id) { return 0 <= id && id < n_ids; });
+}
+
+// calls `work` with types: 0 float32, 1 float64, 2 bfloat16 weights in float32 arithmetic
+template <typename Work>
+void typed(int type, Work work) {
+  if (type == 0) work(float{}, float{});
+  if (type == 1) work(double{}, double{});
+  if (type == 2) work(bfloat16{}, float{});
+}
+
+}  // namespace
+
+// What is given ids returns whether it knows them; if not, it does nothing.
+extern "C" {
+
+void specdec_multiply(int type, const void* x, long rows, long width, const void* panels, long n_panels, void* y) {
+  typed(type, [&](auto w, auto number) {
+    using W = decltype(w);
+    using T = decltype(number);
+    together([=](Thread t) {
+      product<W>(t, (const T*)x, width, rows, panels, n_panels, width, [=](long r, long j, Lanes<T> sums) {
+        *(Lanes<T>*)((T*)y + (r * n_panels + j) * LANES) = sums;
+      });
+    });
+  });
+}
+
+bool specdec_read(int type, const Model* model, void* keys, void* values, const int64_t* ids, long rows, long start,
+                  long n_logits, void* logits) {
+  if (!known(ids, rows, model->n_ids)) return false;
+  typed(type, [&](auto w, auto number) {
+    using T = decltype(number);
+    Pass<decltype(w), T> pass(*model, keys, values, rows, omp_get_max_threads());
+    together([&](Thread t) { pass.read(t, ids, rows, start, n_logits, (T*)logits); });
+  });
+  return true;
+}
+
+bool specdec_draw(int type, const Model* model, void* keys, void* values, const int64_t* ids, long rows, long start, long n,
+                  double temperature, const double* numbers, int64_t* tokens, void* probs) {
+  if (!known(ids, rows, model->n_ids)) return false;
+  typed(type, [&](auto w, auto number) {
+    using T = decltype(number);
+    Pass<decltype(w), T> pass(*model, keys, values, rows, omp_get_max_threads());
+    int64_t next;
+    together([&](Thread t) { pass.draw(t, ids, rows, start, n, temperature, numbers, tokens, (T*)probs, &next); });
+  });
+  return true;
+}
+
+// logits whose rows lie `stride` apart → probs (R, n)
+void specdec_probabilities(int type, const void* logits, long rows, long stride, long n, double temperature, void* probs) {
+  typed(type, [&](auto, auto number) {
+    using T = decltype(number);
+    together([&](Thread t) {
+      for (long r = t.begin(rows); r < t.end(rows); r++)
+        probabilities((const T*)logits + r * stride, n, temperature, (T*)probs + r * n);
+    });
+  });
+}
+
+bool specdec_decide(int type, const int64_t* drafted, const void* q, const void* p, const double* numbers, long k, long n,
+                    int64_t* decision) {
+  if (!known(drafted, k, n)) return false;
+  typed(type, [&](auto, auto number) {
+    using T = decltype(number);
+    decide(drafted, (const T*)q, (const T*)p, numbers, k, n, decision);
+  });
+  return true;
+}
+}

@@ -1,0 +1,146 @@
+"""The one place where the report leaves Python: short passes and what goes with them, in C++ (native.cpp), compiled once
+for a machine."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import tempfile
+from ctypes import POINTER, Structure, c_bool, c_double, c_int, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import put_in_place
+from .data import build_dir
+from .model import Transformer
+
+LANES, MOST = 8, 32  # as in native.cpp: outputs of a panel, most rows of a pass
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16 weights are widened as they are read
+# the second: a single chain of sums is to be fused like several, so that a row has the same bits in any company
+FLAGS = ("-ftree-loop-vectorize", "--param=avoid-fma-max-bits=0", "-Wno-psabi")
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def sums(dtype: torch.dtype) -> torch.dtype:
+    """What numbers are computed in where weights are of ``dtype``: float64, or else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def library_path() -> Path:
+    """Where it is kept: another machine, torch or source has another one."""
+    machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), FLAGS, _SOURCE.read_text()
+    return build_dir() / "native" / f"native-{hashlib.sha256(repr(machine).encode()).hexdigest()[:12]}.so"
+
+
+def build(path: Path) -> None:
+    """Compile into ``path``, which is there completely or not at all, with the options of torch's own compiler."""
+    from torch._inductor import config  # not above: it takes seconds to import
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contract = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply and add in one instruction
+    # not in the project's own folders, whose names may have spaces
+    with tempfile.TemporaryDirectory() as folder, config.patch(contract):
+        source = shutil.copy(_SOURCE, folder)
+        builder = CppBuilder("native", source, CppTorchOptions(pick_vec_isa(), extra_flags=FLAGS), folder)
+        builder.build()
+        partial = shutil.copy(builder.get_target_file_path(), path.with_suffix(f".{os.getpid()}"))
+        put_in_place(partial, path)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The functions of native.cpp."""
+    path = library_path()
+    if not path.exists():
+        build(path)
+    loaded = ctypes.CDLL(str(path))
+    n, at, model = c_long, c_void_p, POINTER(_Model)
+    arguments = {
+        "multiply": (at, n, n, at, n, at),
+        "read": (model, at, at, at, n, n, n, at),
+        "draw": (model, at, at, at, n, n, n, c_double, at, at, at),
+        "probabilities": (at, n, n, n, c_double, at),
+        "decide": (at, at, at, at, n, n, at),
+    }
+    for name, kinds in arguments.items():
+        function = getattr(loaded, f"specdec_{name}")
+        function.argtypes, function.restype = (c_int, *kinds), c_bool
+        setattr(loaded, name, function)
+    return loaded
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A matrix (N, C) as panels (N/8, C, 8) of 8 outputs that lie together and are multiplied at once."""
+    rows = F.pad(weight.detach(), (0, 0, 0, -len(weight) % LANES)).view(-1, LANES, weight.shape[1])
+    return rows.transpose(1, 2).contiguous()
+
+
+class PanelLinear(nn.Module):
+    """A Linear for up to 32 rows."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        if linear.weight.dtype not in TYPES:
+            raise ValueError(f"there are no panels of {linear.weight.dtype}; choose float32, float64 or bfloat16.")
+        self.n_outputs, self.type, self.sums = len(linear.weight), TYPES[linear.weight.dtype], sums(linear.weight.dtype)
+        self.panels = nn.Parameter(panels(linear.weight), requires_grad=False)
+        self.multiply = library().multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(self.sums).contiguous()
+        if len(rows) > MOST:
+            raise ValueError(f"{len(rows)} rows are too many for panels; give at most {MOST}.")
+        if rows.shape[1] != self.panels.shape[1]:
+            raise ValueError(f"rows of {rows.shape[1]} numbers were given where {self.panels.shape[1]} are multiplied.")
+        y = rows.new_empty(len(rows), len(self.panels) * LANES)
+        self.multiply(self.type, rows.data_ptr(), *rows.shape, self.panels.data_ptr(), len(self.panels), y.data_ptr())
+        return y[:, : self.n_outputs].view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("attention_norm", "qkv", "out", "mlp_norm", "up", "down")]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_long) for name in (
+            "n_layers", "n_heads", "n_kv_heads", "head_size", "width", "hidden", "n_ids", "n_offered", "n_choices",
+            "squared", "capacity",
+        )),
+        ("norm_eps", c_double),
+        *((name, c_void_p) for name in ("embedding", "cos", "sin", "norm", "head", "offered")),
+        ("layers", POINTER(_Layer)),
+    ]  # fmt: skip
+
+
+class NativeModel:
+    """The weights of ``model`` as native.cpp reads them."""
+
+    def __init__(self, model: Transformer):
+        config, kind = model.config, sums(model.dtype)
+        self.kept: list[Tensor] = []  # what the pointers point to
+
+        def at(tensor: Tensor) -> int:
+            self.kept.append(tensor.detach().contiguous())
+            return self.kept[-1].data_ptr()
+
+        self.layers = (_Layer * config.n_layers)(*(
+            _Layer(at(b.attention_norm.weight.to(kind)), at(panels(b.attention.qkv.weight)), at(panels(b.attention.out.weight)),
+                   at(b.mlp_norm.weight.to(kind)), at(panels(b.mlp.up.weight)), at(panels(b.mlp.down.weight)))
+            for b in model.blocks
+        ))  # fmt: skip
+        self.n_offered = len(model.head.weight)
+        self.n_choices = min(self.n_offered, config.n_ids)
+        self.struct = _Model(
+            config.n_layers, config.n_heads, config.n_kv_heads, config.head_size, config.width, 4 * config.width,
+            config.vocab_size, self.n_offered, self.n_choices, config.activation == "relu2", config.context, config.norm_eps,
+            at(model.embedding.weight), at(model.cos.to(kind)), at(model.sin.to(kind)), at(model.norm.weight.to(kind)),
+            at(panels(model.head.weight)), None if model.offered is None else at(model.offered), self.layers,
+        )  # fmt: skip
+        self.n_outputs = len(self.kept[-1 if model.offered is None else -2]) * LANES
