@@ -92,7 +92,7 @@ distill: $(VENV)/.done ## what a draft may learn from: every loss and text compa
 .PHONY: peers
 peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (6 min)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]' -c requirements.lock
-	$(BIN)/python -m specdec bench --profile $(PROFILE) --peers --draft distilled --prompts 12
+	$(BIN)/python -m specdec bench --profile $(PROFILE) --peers --draft distilled --prompts 8
 
 MINUTES ?= 25
 DATA ?=

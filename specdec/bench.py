@@ -56,13 +56,15 @@ def both(
     return run
 
 
-def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, device="cpu",
-            traces: dict[str, list[Trace]] | None = None) -> list[dict]:  # fmt: skip
+def measure(
+    arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, device="cpu",
+    traces: dict[str, list[Trace]] | None = None, between: Callable[[], object] = lambda: None,
+) -> list[dict]:  # fmt: skip
     """One row per arm and prompt: seconds of wall time (prefill included) and what the trace says.
 
     The arms take turns on each prompt, starting with another one each time; the first ``warmup`` prompts run once
     more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. ``traces``
-    receives what each arm did, prompt by prompt.
+    receives what each arm did, prompt by prompt; ``between`` is called after each prompt.
     """
     names, rows = list(arms), []
     order = [(-1, p) for p in prompts[:warmup]] + list(enumerate(prompts))
@@ -76,6 +78,7 @@ def measure(arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup
                 rows.append({"arm": name, "prompt": i, "seconds": seconds} | summary([trace]))
                 if traces is not None:
                     traces.setdefault(name, []).append(trace)
+        between()
     return rows
 
 
@@ -256,7 +259,7 @@ def time_parts(
     work |= {("draft", k): (widest, partial(draft, k)) for k in range(1, k_max + 1)}
     work |= {("verify", m): (partial(draft, max(1, m - 1)), partial(verify, m)) for m in range(1, k_max + 2)}
     timings = {} if timings is None else timings
-    for i in range(repeats + 3):
+    for i in range(repeats + 1):
         for name, (before, function) in work.items():
             for part in (before, function):
                 cache.truncate(len(prompt))
@@ -264,7 +267,7 @@ def time_parts(
                 began = clock()
                 part()
             seconds = clock() - began
-            if i >= 3:  # the first ones read the prompt, compile and capture
+            if i:  # the first ones read the prompt and capture
                 timings.setdefault(name, []).append(seconds)
     return timings
 
@@ -321,8 +324,8 @@ def run(
 ) -> Benchmark:
     """A, B and C with every drafter, temperature and k on held-out prompts; then the best k of each on fresh ones.
 
-    The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from costs measured
-    before and after the sweep and from the acceptance by position of all its rounds.
+    The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from costs measured in
+    turns with the prompts of the sweep, and from the acceptance by position of all its rounds.
     """
     sweep, final = split_prompts(data, config)
     out, k_max, device, rule = Benchmark(), max(config.ks), target.device, ready_rule(token_wise, config.passes)
@@ -332,14 +335,16 @@ def run(
         arms = {"A": baseline} | {f"B {name}": target_alone(model, config, sampling) for name, model in alone.items()}
         for name, drafter in drafters.items():
             arms |= {f"C {name} k={k}": both(target, drafter, k, config, sampling) for k in config.ks}
-        timings, traces = {}, {}
-        for name, drafter in drafters.items():
-            timings[name] = time_parts(target, drafter, sweep[0] * 2, sampling, k_max, rule=rule)
-        rows = measure(arms, sweep, seed=config.seed, device=device, traces=traces)
+        timings, traces = {name: {} for name in drafters}, {}
+
+        def time_costs():
+            for name, drafter in drafters.items():
+                time_parts(target, drafter, sweep[0] * 2, sampling, k_max, repeats=4, rule=rule, timings=timings[name])
+
+        rows = measure(arms, sweep, seed=config.seed, device=device, traces=traces, between=time_costs)
         finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
         for name, drafter in drafters.items():
             key, n = f"{name} {tag}", config.new_tokens
-            time_parts(target, drafter, sweep[0] * 2, sampling, k_max, rule=rule, timings=timings[name])
             costs = out.costs[key] = costs_of(timings[name])
             by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
             rounds = [trace for k in config.ks for trace in by_k[k]]

@@ -40,7 +40,7 @@ class CompiledModel:
 
     def read(self, ids: Tensor, cache: "PanelCache", logits: Tensor | None = None) -> None:
         """The same without the output layer, unless there is a place (T, V) for ``logits``."""
-        T, ids = ids.shape[1], ids[0].contiguous()
+        T, ids = ids.shape[1], _long(ids)
         if T == 0:
             raise ValueError("there are no tokens to read; give at least one.")
         start = cache.append(T)
@@ -59,7 +59,7 @@ class CompiledModel:
             ids = ids[:, -1:]
         if sampling.filters:
             return self.draw_filtered(ids, cache, sampling, randomness, n)
-        rows, ids = ids.shape[1], ids[0].contiguous()
+        rows, ids = ids.shape[1], _long(ids)
         start = cache.append(rows + n - 1)
         tokens, probs = torch.empty(n, dtype=torch.long), torch.empty(n, self.native.n_choices, dtype=self.sums)
         numbers = randomness.uniforms(n)
@@ -121,6 +121,11 @@ def compiled_token_wise(
     decision = torch.empty(2, dtype=torch.long)
     _check(library().decide(TYPES[target_probs.dtype], *(x.data_ptr() for x in rows), k, n_ids, decision.data_ptr()))
     return decision[0], decision[1:]
+
+
+def _long(ids: Tensor) -> Tensor:
+    """ids (1, T) → (T,), as they lie in memory."""
+    return ids[0].to(torch.long).contiguous()
 
 
 def _check(known: bool) -> None:

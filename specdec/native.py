@@ -40,14 +40,13 @@ def build(path: Path) -> None:
     """Compile into ``path``, which is there completely or not at all, with the options of torch's own compiler."""
     from torch._inductor import config  # not above: it takes seconds to import
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     path.parent.mkdir(parents=True, exist_ok=True)
     contract = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply and add in one instruction
     # not in the project's own folders, whose names may have spaces
     with tempfile.TemporaryDirectory() as folder, config.patch(contract):
         source = shutil.copy(_SOURCE, folder)
-        builder = CppBuilder("native", source, CppTorchOptions(pick_vec_isa(), extra_flags=FLAGS), folder)
+        builder = CppBuilder("native", source, CppTorchOptions(extra_flags=FLAGS), folder)
         builder.build()
         partial = shutil.copy(builder.get_target_file_path(), path.with_suffix(f".{os.getpid()}"))
         put_in_place(partial, path)

@@ -154,6 +154,8 @@ def test_compiled_passes_are_the_same_passes(shape, dtype, threads):
             torch.testing.assert_close(last, model(ids[:, end - 1 : end], cache), **near)
     finally:
         torch.set_num_threads(1)
+    other.truncate(context - 3)
+    assert torch.equal(fast(ids[:, -3:].int(), other)[:, -1:].to(dtype), last)
     with pytest.raises(ValueError, match=f"the cache holds {context} tokens"):
         fast(ids[:, :1], other)
     with pytest.raises(ValueError, match="give at least one"):
