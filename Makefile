@@ -102,7 +102,7 @@ seed-gpu: $(VENV)/.done ## the seed's sizes on one GPU, unattended, in MINUTES=2
 
 # side by side, on one core each: nearly all of it is too small for two
 .PHONY: test
-test: $(VENV)/.done ## the tests and every notebook in the ci profile (9 min)
+test: $(VENV)/.done ## the tests and every notebook in the ci profile (7 min)
 	@export OMP_NUM_THREADS=1; $(MAKE) test-notebooks > build/test-other.log 2>&1 & other=$$!; code=0; \
 	OMP_NUM_THREADS=1 $(MAKE) test-code || code=$$?; \
 	wait $$other || code=$$?; cat build/test-other.log; exit $$code
