@@ -32,6 +32,7 @@ class Sampling:
 
     @property
     def filters(self) -> bool:
+        """Whether there is more to do than to divide by the temperature."""
         return self.top_k is not None or self.top_p is not None
 
     def probs(self, logits: Tensor, model: str = "model") -> Tensor:
