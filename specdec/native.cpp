@@ -1,4 +1,5 @@
-// Passes of a Transformer over a few rows, at the speed at which memory delivers its weights.
+// Passes of a Transformer over a few rows, at the speed at which memory delivers its weights; and what a round does with
+// their logits, which elsewhere is sampling.py: probabilities, draws, the token-wise decision.
 //
 // A weight is loaded once and multiplied with up to six rows while it is in its register; the sums of all of them stay in
 // the core until they are complete. More rows take a block of weights that was just used out of the nearest cache, and
@@ -52,7 +53,8 @@ inline Lanes<float> load(const bfloat16* at) {
   return (Lanes<float>)(__builtin_convertvector(*(const Lanes<uint16_t>*)at, Lanes<uint32_t>) << 16);
 }
 
-// Where the threads of one call wait for each other. They do so some fifty times a pass; OpenMP's own barrier calls the kernel each time.
+// Where the threads of one call wait for each other. They do so some fifty times a pass; OpenMP's own barrier calls the
+// kernel each time.
 struct Meetings {
   std::atomic<int> waiting{0}, held{0};
 };
@@ -84,7 +86,8 @@ void together(Work work) {
   work(Thread{meetings, omp_get_thread_num(), omp_get_num_threads()});
 }
 
-// sums (R, P) = or, if `onto`, += R rows of x · P panels, over n columns; rows of x lie `stride` numbers apart, panels `apart`
+// sums (R, P) = or, if `onto`, += R rows of x · P panels, over n columns; rows of x lie `stride` numbers apart, panels
+// `apart`
 template <typename W, typename T, int R, int P>
 void add(const T* x, long stride, const W* panels, long apart, long n, Lanes<T>* sums, bool onto) {
   Lanes<T> sum[R][P] = {};
@@ -113,7 +116,8 @@ void multiply(const T* x, long stride, long rows, const W* panels, long apart, l
                                          sums + r * P, c > 0);
 }
 
-// A thread's share of x (R, C) · panels, P of them at once, from places far apart: `then(row, panel, sums)` is told each result.
+// A thread's share of x (R, C) · panels, P of them at once, from places far apart: `then(row, panel, sums)` is told each
+// result.
 template <typename W, typename T, int P, typename Then>
 void share(Thread t, const T* x, long stride, long rows, const W* panels, long n_panels, long width, Then then) {
   const long part = n_panels / P;
@@ -135,7 +139,8 @@ void product(Thread t, const T* x, long stride, long rows, const void* panels, l
 
 // y (R, panels · 8) = x (R, C) · panels that lie side by side in a cache, by one thread
 template <typename T>
-void small_product(const T* x, long stride, long rows, const T* panels, long apart, long n_panels, long width, T* y, long y_stride) {
+void small_product(const T* x, long stride, long rows, const T* panels, long apart, long n_panels, long width, T* y,
+                   long y_stride) {
   long j = 0;
   auto go = [&](auto places) {
     constexpr int P = decltype(places)::value;
@@ -151,8 +156,8 @@ void small_product(const T* x, long stride, long rows, const T* panels, long apa
   go(std::integral_constant<int, 1>());
 }
 
-// Exponentials would take longer than the products beside them, one number at a time or by a library's call: float32, eight at
-// once.
+// One number at a time, or by a library's call, exponentials take a good part of the time of the products beside them: in
+// float32 eight at once. float64 is for tests.
 
 inline Lanes<double> exp(Lanes<double> x) {
   for (int i = 0; i < LANES; i++) x[i] = std::exp(x[i]);
@@ -353,6 +358,7 @@ struct Pass {
       return [=](long r, long j, Lanes<T> sums) { *(Lanes<T>*)(y + r * stride + j * LANES) = sums; };
     };
     auto onto = [=, this](long r, long j, Lanes<T> sums) { *(Lanes<T>*)(x + r * C + j * LANES) += sums; };
+    auto activate = [=, this](long r, long j, Lanes<T> sums) { *(Lanes<T>*)(hidden + r * F + j * LANES) = activated(sums); };
     for (long r = t.begin(rows); r < t.end(rows); r++) {
       const W* from = (const W*)m.embedding + ids[r] * m.width;
       std::fill(x + r * C + m.width, x + (r + 1) * C, T(0));
@@ -361,7 +367,8 @@ struct Pass {
     t.meet();
     for (long i = 0; i < m.n_layers; i++) {
       const Layer& layer = m.layers[i];
-      product<W>(t, norm(t, rows, layer.attention_norm), C, rows, layer.qkv, qkv_width / LANES, m.width, store(qkv, qkv_width));
+      product<W>(t, norm(t, rows, layer.attention_norm), C, rows, layer.qkv, qkv_width / LANES, m.width,
+                 store(qkv, qkv_width));
       t.meet();
       place(t, i, rows, start);
       t.meet();
@@ -369,9 +376,7 @@ struct Pass {
       t.meet();
       product<W>(t, mixed, C, rows, layer.out, C / LANES, m.width, onto);
       t.meet();
-      product<W>(t, norm(t, rows, layer.mlp_norm), C, rows, layer.up, F / LANES, m.width, [=, this](long r, long j, Lanes<T> sums) {
-        *(Lanes<T>*)(hidden + r * F + j * LANES) = activated(sums);
-      });
+      product<W>(t, norm(t, rows, layer.mlp_norm), C, rows, layer.up, F / LANES, m.width, activate);
       t.meet();
       product<W>(t, hidden, F, rows, layer.down, C / LANES, m.hidden, onto);
       t.meet();

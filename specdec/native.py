@@ -60,16 +60,16 @@ def library() -> ctypes.CDLL:
         build(path)
     loaded = ctypes.CDLL(str(path))
     n, at, model = c_long, c_void_p, POINTER(_Model)
-    arguments = {
-        "multiply": (at, n, n, at, n, at),
-        "read": (model, at, at, at, n, n, n, at),
-        "draw": (model, at, at, at, n, n, n, c_double, at, at, at),
-        "probabilities": (at, n, n, n, c_double, at),
-        "decide": (at, at, at, at, n, n, at),
+    functions = {
+        "multiply": (None, at, n, n, at, n, at),
+        "read": (c_bool, model, at, at, at, n, n, n, at),
+        "draw": (c_bool, model, at, at, at, n, n, n, c_double, at, at, at),
+        "probabilities": (None, at, n, n, n, c_double, at),
+        "decide": (c_bool, at, at, at, at, n, n, at),
     }
-    for name, kinds in arguments.items():
+    for name, (result, *arguments) in functions.items():
         function = getattr(loaded, f"specdec_{name}")
-        function.argtypes, function.restype = (c_int, *kinds), c_bool
+        function.restype, function.argtypes = result, (c_int, *arguments)
         setattr(loaded, name, function)
     return loaded
 
@@ -142,4 +142,4 @@ class NativeModel:
             at(model.embedding.weight), at(model.cos.to(kind)), at(model.sin.to(kind)), at(model.norm.weight.to(kind)),
             at(panels(model.head.weight)), None if model.offered is None else at(model.offered), self.layers,
         )  # fmt: skip
-        self.n_outputs = len(self.kept[-1 if model.offered is None else -2]) * LANES
+        self.n_outputs = -(-self.n_offered // LANES) * LANES  # of the panels, padding included
