@@ -9,10 +9,11 @@ with plain cross-entropy, since otherwise a gain may only be more training.
 import copy
 import hashlib
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint import put_in_place
 from .data import TokenData, build_dir, tokens_for, window
@@ -29,29 +30,26 @@ TEXTS = ("data", "draft", "target")  # whose text the models are compared on whi
 
 
 def distillation_loss(teacher: Transformer, kind: str) -> Loss:
-    """loss(model, ids, targets): how far the student's q is from the teacher's p at every position, in nats.
+    """How far the student's q is from the teacher's p at every position, in nats.
 
-    The targets are not looked at. The teacher runs in bf16 where the machine has it, without gradients; padding ids are
-    left out of both distributions.
+    The teacher runs in bf16 where the machine has it; padding ids are left out of both distributions.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"there is no divergence {kind!r}; choose one of {', '.join(DIVERGENCES)}.")
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     if has_bf16(teacher.device):
         teacher = teacher.bfloat16()
-    n_ids = teacher.config.n_ids
+    return Loss(partial(divergence, kind, teacher.config.n_ids), teacher)
 
-    def loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            p = teacher(ids)[..., :n_ids].float().log_softmax(-1)  # (B, T, V)
-        q = model(ids)[..., :n_ids].float().log_softmax(-1)
-        if kind == "forward-kl":
-            return (p.exp() * (p - q)).sum(-1).mean()
-        if kind == "total-variation":
-            return 0.5 * (p.exp() - q.exp()).abs().sum(-1).mean()
-        return -torch.minimum(p.exp(), q.exp()).sum(-1).log().mean()
 
-    return loss
+def divergence(kind: str, n_ids: int, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Mean divergence of q from p over all positions, of logits (B, T, V) of which the first ``n_ids`` count."""
+    p, q = (logits[..., :n_ids].float().log_softmax(-1) for logits in (target_logits, draft_logits))
+    if kind == "forward-kl":
+        return (p.exp() * (p - q)).sum(-1).mean()
+    if kind == "total-variation":
+        return 0.5 * (p.exp() - q.exp()).abs().sum(-1).mean()
+    return -torch.minimum(p.exp(), q.exp()).sum(-1).log().mean()
 
 
 def load_or_distill(

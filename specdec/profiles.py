@@ -4,6 +4,7 @@ The only place where such numbers are written. A profile is frozen: to change on
 ``dataclasses.replace`` and give the result another name.
 """
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 
@@ -125,6 +126,7 @@ _CPU = Profile(
     ),
 )
 
+# Phases of 256 sequences a step. The original's target had 32 × 8 of them in its first two; the batch is the same.
 _SEED = Profile(
     name="seed",
     data=DataConfig(source="openwebtext", max_bytes=8 << 30),  # all of GPT-2's 50,257 ids
@@ -136,26 +138,28 @@ _SEED = Profile(
     schedules={
         "target": Schedule(
             (
-                Phase(10_000, 200, 3e-4, 0.10, 32, 8, 500),
-                Phase(30_000, 0, 3e-4, 0.15, 32, 8, 500),
+                Phase(10_000, 200, 3e-4, 0.10, 16, 16, 500),
+                Phase(30_000, 0, 3e-4, 0.15, 16, 16, 500),
                 Phase(50_000, 1_000, 6e-5, 0.10, 16, 16, 500),
                 Phase(40_000, 500, 2e-5, 0.08, 16, 16, 500),
             ),
-            block_size=1024, evaluation_batches=64, compile=True,
+            block_size=1024, vocabulary_rate=3.0, evaluation_batches=16, compile=True,
         ),
         "small": Schedule(
-            (Phase(40_000, 1_000, 3e-4, 0.1, 16, 16, 500),), block_size=1024, evaluation_batches=64, compile=True
+            (Phase(40_000, 1_000, 3e-4, 0.1, 16, 16, 500),), block_size=1024, vocabulary_rate=2.0, evaluation_batches=16,
+            compile=True,
         ),
         "medium": Schedule(
-            (Phase(40_000, 2_000, 3e-4, 0.1, 16, 16, 500),), block_size=1024, evaluation_batches=64, compile=True
+            (Phase(40_000, 2_000, 3e-4, 0.1, 16, 16, 500),), block_size=1024, vocabulary_rate=3.0, evaluation_batches=16,
+            compile=True,
         ),
     },
     distillation=Schedule(
-        (Phase(5_000, 200, 3e-4, 0.1, 16, 16, 500), Phase(5_000, 100, 2e-4, 0.1, 16, 16, 500)),
-        block_size=1024, evaluation_batches=64, compile=True,
+        (Phase(20_000, 1_000, 3e-4, 0.1, 16, 16, 500), Phase(10_000, 100, 2e-4, 0.1, 16, 16, 500)),
+        block_size=1024, vocabulary_rate=2.0, evaluation_batches=16, compile=True,
     ),
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 5, 6, 8), n_sweep_prompts=8, passes="graphs",
+        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4, passes="graphs",
         draft_ids=8192,
     ),
 )  # fmt: skip
@@ -193,19 +197,34 @@ def count(text: str) -> float:
 
 
 def scaled(profile: Profile, fraction: float) -> Profile:
-    """The same phases, each as long as ``fraction`` says: warm-up and decay keep their share, rates their values."""
+    """The same phases, each as long as ``fraction`` says.
+
+    A short training wants more and smaller steps at higher rates than a long one: the micro-batches of a step shrink by
+    1 ÷ √fraction, to a power of two, and the rates grow by its square root. Of text that is read about once nothing is
+    dropped. Shapes stay: each phase's share, its decay, the ratio of the rates.
+    """
+    fewer = 2 ** max(0, round(math.log2(fraction**-0.5)))
 
     def shorter(schedule: Schedule) -> Schedule:
-        phases = tuple(
-            replace(
+        def phase(p: Phase) -> Phase:
+            accumulation = max(1, p.accumulation // fewer)
+            n = p.accumulation / accumulation
+            iterations = max(1, round(p.iterations * fraction * n))
+            return replace(
                 p,
-                iterations=max(1, round(p.iterations * fraction)),
-                warmup=round(p.warmup * fraction),
-                evaluate_every=max(1, min(p.evaluate_every, round(schedule.iterations * fraction / 20))),
+                iterations=iterations,
+                warmup=max(round(p.warmup * fraction * n), iterations // 10) if p.warmup else 0,
+                learning_rate=p.learning_rate * n**0.5,
+                accumulation=accumulation,
             )
-            for p in schedule.phases
-        )
-        return replace(schedule, phases=phases)
 
-    schedules = {role: shorter(schedule) for role, schedule in profile.schedules.items()}
-    return replace(profile, schedules=schedules, distillation=shorter(profile.distillation))
+        phases = [phase(p) for p in schedule.phases]
+        every = max(1, sum(p.iterations for p in phases) // 20)
+        return replace(schedule, phases=tuple(replace(p, evaluate_every=min(p.evaluate_every, every)) for p in phases))
+
+    return replace(
+        profile,
+        models={r: replace(c, dropout=c.dropout if fraction >= 1 else 0.0) for r, c in profile.models.items()},
+        schedules={role: shorter(schedule) for role, schedule in profile.schedules.items()},
+        distillation=shorter(profile.distillation),
+    )

@@ -163,7 +163,7 @@ def provenance(profile: str, *, seed: int | None = None, seconds: float | None =
     changed = git("status", "--porcelain", "--", "specdec", "notebooks", "requirements.lock")
     return {
         "profile": profile,
-        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "commit": git("rev-parse", "--short=12", "HEAD") or os.environ.get("SPECDEC_COMMIT"),  # for a tree without history
         "dirty": None if changed is None else bool(changed),
         "machine": machine(),
         "cores": os.cpu_count(),

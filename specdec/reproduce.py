@@ -17,8 +17,9 @@ from . import bench, report
 from .data import TokenData, build_dir, tokens_for, write_json
 from .distill import acceptance, distillation_loss, load_or_distill, written
 from .drafting import PromptLookup
+from .inference import PASSES
 from .model import ModelConfig, Transformer
-from .profiles import PROFILES, Profile, Schedule, count, get_profile
+from .profiles import PROFILES, BenchConfig, Profile, Schedule, count, get_profile
 from .train import History, Loss, cross_entropy, load_or_train, train
 
 ROLES = ("target", "small", "medium")
@@ -69,16 +70,13 @@ def reproduce(
     record_distillation(profile, models, histories, data)
     origin = "text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
     run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)}}
-    stages = {"benchmark": (profile.bench, device)}
-    if torch.device(device).type == "cuda":
-        stages["benchmark_eager"] = (replace(profile.bench, passes="eager"), device)
-        stages["benchmark_two_cores"] = (replace(profile.bench, passes="compiled", n_sweep_prompts=2, n_prompts=8), "cpu")
-    for experiment, (settings, where) in stages.items():
+    for experiment, (settings, where, drafts) in stages(profile.bench, device).items():
         if is_done(profile, experiment, run):
             say(f"{experiment}: done before")
             continue
-        with two_cores(where != str(device)):
-            result = measure(models, data, settings, where)
+        with two_cores(where != device):
+            chosen = {name: model for name, model in models.items() if name == "target" or name in (drafts or models)}
+            result = measure(chosen, data, settings, where)
         record_benchmark(profile, result, settings, experiment=experiment, run=run)
         if experiment == "benchmark":
             update_headline(profile, result)
@@ -123,8 +121,8 @@ def training_seconds(profile: Profile, data: TokenData, device, say: Callable) -
     return out
 
 
-def _seconds(config: ModelConfig, schedule: Schedule, data: TokenData, device, loss: Loss, steps: int = 3) -> float:
-    phase = replace(schedule.phases[-1], iterations=2 * steps, warmup=0, evaluate_every=steps)
+def _seconds(config: ModelConfig, schedule: Schedule, data: TokenData, device, loss: Loss, steps: int = 6) -> float:
+    phase = replace(schedule.phases[-1], accumulation=1, iterations=2 * steps, warmup=0, evaluate_every=steps)
     trial = replace(schedule, phases=(phase,), evaluation_batches=1)
     model = Transformer(config, torch.Generator().manual_seed(0)).to(device)
     first, last = train(model, data, trial, loss=loss).rows  # the first half has the compiling in it
@@ -218,6 +216,19 @@ def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_wi
 
 
 # ---- the benchmark
+
+
+def stages(config: BenchConfig, device: str | torch.device) -> dict[str, tuple[BenchConfig, str | torch.device, tuple]]:
+    """What is measured: settings, where, and with which drafts (none named: all). On a GPU, beside the profile's own
+    passes, the others for comparison, and the same models on two cores, all of which are slower and so get fewer texts."""
+    out = {"benchmark": (config, device, ())}
+    if torch.device(device).type == "cuda":
+        pair, few = ("small", "small distilled"), {"n_sweep_prompts": 1, "n_prompts": 8}
+        for passes in (passes for passes in PASSES if passes != config.passes):
+            out[f"benchmark_{passes}"] = replace(config, passes=passes, new_tokens=64, **few), device, pair
+        two_cores = replace(config, passes="compiled", n_sweep_prompts=2, n_prompts=8)
+        out["benchmark_two_cores"] = two_cores, "cpu", ("small", "small distilled", "small control")
+    return out
 
 
 def measure(models: dict[str, Transformer], data: TokenData, settings, device: str | torch.device) -> bench.Benchmark:

@@ -16,8 +16,8 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +33,20 @@ from .data import TokenData, batch, build_dir, tokens_for, window
 from .model import Transformer
 from .profiles import Phase, Profile, Schedule
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, ids (B, T), targets (B, T)) → scalar
+
+@dataclass(frozen=True)
+class Loss:
+    """How far a model's logits are from the tokens that follow or, with a ``teacher``, from the teacher's logits."""
+
+    of: Callable[[Tensor, Tensor], Tensor]  # (logits (B, T, V), targets (B, T) or the teacher's logits) → scalar
+    teacher: Transformer | None = None
+
+    def __call__(self, model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+        """The loss of ids (B, T) with targets (B, T)."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                targets = self.teacher(ids)
+        return self.of(model(ids), targets)
 
 
 @dataclass
@@ -51,9 +64,12 @@ class History:
         return self.rows[-1]["seconds"]
 
 
-def cross_entropy(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the next token, in nats."""
-    return F.cross_entropy(model(ids).flatten(0, 1).float(), targets.flatten())
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over all positions, in nats."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+cross_entropy = Loss(negative_log_likelihood)
 
 
 def train(
@@ -79,7 +95,7 @@ def train(
     optimizer = make_optimizer(model, schedule.betas, schedule.vocabulary_rate)
     history, done, seconds = History(), 0, 0.0
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # dropout draws from torch's own generator; give it back as it was
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack:  # dropout draws from torch's own generator
         torch.manual_seed(schedule.seed + rank)
         saved = load_training(folder) if folder else None
         if saved:
@@ -99,7 +115,10 @@ def train(
                 })  # fmt: skip
 
         parallel = DistributedDataParallel(model) if world > 1 else model
-        step_loss = compiled(loss, device) if schedule.compile else loss
+        step_loss, models = loss, []
+        if schedule.compile:
+            step_loss, models = replace(loss, of=compiled(loss.of, device)), [model, loss.teacher]
+        stack.enter_context(compiled_blocks(*filter(None, models)))
         began = saved_at = time.perf_counter()
         bar = tqdm(total=schedule.iterations, initial=done, desc=title, disable=not (chief and sys.stderr.isatty()))
         model.train()
@@ -112,7 +131,7 @@ def train(
             total = 0.0
             for micro in range(phase.accumulation):
                 ids, targets = batch(data.train, phase.batch_size * world, schedule.block_size, generator)
-                ids, targets = ids[rank::world].to(device), targets[rank::world].to(device)
+                ids, targets = (placed(x[rank::world], device) for x in (ids, targets))
                 last = micro == phase.accumulation - 1
                 with parallel.no_sync() if world > 1 and not last else nullcontext():
                     with autocast:
@@ -145,6 +164,11 @@ def train(
         bar.close()
     model.eval()
     return history
+
+
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on that device; a copy to a GPU out of pinned memory does not wait for what the GPU is at."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def steps_from(schedule: Schedule, done: int):
@@ -236,6 +260,20 @@ def compiled(function, device: torch.device | str = "cpu", **options):
         return function
     torch._dynamo.config.recompile_limit = 64  # several models go through the same code in one process
     return torch.compile(function, **options)
+
+
+@contextmanager
+def compiled_blocks(*models: Transformer):
+    """Every block of these models compiled while this lasts. Blocks of one shape share one program: it is ready much
+    sooner than one of a whole model, and as fast."""
+    blocks = [block for model in models for block in model.blocks]
+    for block in blocks:
+        block.forward = compiled(block.forward, next(block.parameters()).device, dynamic=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def load_or_train(profile: Profile, role: str, *, device: str | torch.device = "cpu") -> tuple[Transformer, History]:

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from dataclasses import replace
 
 import pytest
 
@@ -75,16 +76,21 @@ def test_wrong_budgets_end_with_a_sentence(home, capsys):
 
 
 def test_a_scaled_profile_keeps_its_shape():
+    """A hundredth of the tokens, in steps of an eighth (the power of two next to √.01) at √8 times the rates."""
     seed, short = get_profile("seed"), get_profile("seed@340M")
     for role, schedule in short.schedules.items():
         for a, b in zip(schedule.phases, seed.schedules[role].phases, strict=True):
-            assert a.learning_rate == b.learning_rate and a.batch_size == b.batch_size
-            assert a.iterations == pytest.approx(b.iterations / 100, rel=0.02)
-            assert a.warmup == pytest.approx(b.warmup / 100, abs=1)
+            assert a.learning_rate == pytest.approx(8**0.5 * b.learning_rate)
+            assert (a.batch_size, a.accumulation) == (b.batch_size, b.accumulation // 8)
+            assert a.iterations == pytest.approx(b.iterations * 8 / 100, rel=0.02)
+            assert a.warmup == (a.iterations // 10 if b.warmup else 0) and a.evaluate_every <= b.evaluate_every
         assert schedule.evaluation_batches == seed.schedules[role].evaluation_batches
+        assert short.models[role] == replace(seed.models[role], dropout=0.0)
     assert short.schedules["target"].tokens == pytest.approx(340e6, rel=0.01)
     assert short.name == "seed"
     assert scaled(seed, 1.0) == seed
+    twice = scaled(seed, 2.0).schedules["target"]
+    assert twice.tokens == 2 * seed.schedules["target"].tokens and twice.phases[0].learning_rate == 3e-4
 
 
 def test_names_of_numbers():

@@ -1,0 +1,179 @@
+// Runs the kernels of native.cu on a CPU, for tests: what they need of CUDA, in C++. A thread is a fiber, which runs until
+// it waits for others; all blocks of a launch are alive at once, and everything happens in the same order every time.
+
+#pragma once
+
+#include <csetjmp>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ucontext.h>
+
+#define __global__
+#define __device__
+#define __shared__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct Index { int x; };
+
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+inline float4 memory[1 << 14];  // shared memory of the block that runs; others keep theirs aside
+
+namespace on_cpu {
+
+struct Fiber {
+  ucontext_t context;
+  jmp_buf at;
+  bool started = false, done = false;
+  std::unique_ptr<char[]> stack;
+};
+
+struct Meeting {  // of threads of a block or lanes of a warp; what they bring lies in turns in one of two rows
+  int here = 0, turn = 0;
+  uint64_t brought[2][1024];
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  Meeting all;
+  std::unique_ptr<char[]> memory;
+};
+
+inline jmp_buf scheduler;
+inline Block* block;
+inline bool spinning;
+inline void (*entry)(void**);
+inline void** arguments;
+
+[[gnu::noinline]] inline void yield() {
+  Fiber& fiber = block->fibers[threadIdx.x];
+  if (!_setjmp(fiber.at)) _longjmp(scheduler, 1);
+}
+
+inline void begin() {
+  entry(arguments);
+  block->fibers[threadIdx.x].done = true;
+  _longjmp(scheduler, 1);
+}
+
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.at, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+// brings a value to a meeting of n; returns, when all are there, what they brought
+inline const uint64_t* meet(Meeting& meeting, int n, int me, uint64_t value) {
+  const int turn = meeting.turn;
+  uint64_t* row = meeting.brought[turn % 2];
+  row[me] = value;
+  if (++meeting.here == n) meeting.here = 0, meeting.turn++;
+  while (meeting.turn == turn) yield();
+  return row;
+}
+
+template <typename T>
+T shuffle(T value, int from) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const int lane = threadIdx.x % 32;
+  const uint64_t* row = meet(block->warps[threadIdx.x / 32], 32, lane, bits);
+  std::memcpy(&value, row + (from < 0 ? lane : from), sizeof value);
+  return value;
+}
+
+inline void run(void (*kernel)(void**), int blocks, int threads, int bytes, void** given) {
+  entry = kernel, arguments = given;
+  gridDim.x = blocks, blockDim.x = threads;
+  std::vector<Block> all(blocks);
+  for (Block& b : all) {
+    b.fibers = std::vector<Fiber>(threads);
+    b.warps = std::vector<Meeting>(threads / 32);
+    b.memory = std::make_unique<char[]>(bytes);
+    std::memset(b.memory.get(), 0xff, bytes);  // NaN
+    for (Fiber& fiber : b.fibers) {
+      fiber.stack.reset(new char[1 << 16]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = 1 << 16;
+      makecontext(&fiber.context, begin, 0);
+    }
+  }
+  for (bool alive = true; alive;) {
+    alive = false;
+    for (int b = 0; b < blocks; b++) {
+      block = &all[b], blockIdx.x = b;
+      std::memcpy(memory, block->memory.get(), bytes);
+      bool left = true;
+      for (spinning = false; left && !spinning;) {  // then it waits for another block
+        left = false;
+        for (int t = 0; t < threads; t++) {
+          threadIdx.x = t;
+          if (!block->fibers[t].done) resume(block->fibers[t]), left |= !block->fibers[t].done;
+        }
+      }
+      std::memcpy(block->memory.get(), memory, bytes);
+      alive |= left;
+    }
+  }
+}
+
+template <auto kernel, typename... A, size_t... I>
+void unpacked(void (*)(A...), void** given, std::index_sequence<I...>) {
+  kernel(*(A*)given[I]...);
+}
+template <auto kernel, typename... A>
+void call(void (*signature)(A...), void** given) {
+  unpacked<kernel>(signature, given, std::index_sequence_for<A...>());
+}
+template <auto kernel>
+void kernel_of(void** given) {
+  call<kernel>(kernel, given);
+}
+
+}  // namespace on_cpu
+
+inline void __syncthreads() { on_cpu::meet(on_cpu::block->all, blockDim.x, threadIdx.x, 0); }
+inline int __syncthreads_or(int value) {
+  const uint64_t* row = on_cpu::meet(on_cpu::block->all, blockDim.x, threadIdx.x, value != 0);
+  int any = 0;
+  for (int t = 0; t < blockDim.x; t++) any |= (int)row[t];
+  return any;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) { return on_cpu::shuffle(value, threadIdx.x % 32 ^ mask); }
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int by) { return on_cpu::shuffle(value, threadIdx.x % 32 - by); }
+template <typename T>
+T __ldg(const T* at) { return *at; }
+template <typename T>
+T __ldcg(const T* at) { return *at; }
+inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
+inline void __threadfence() {}
+inline unsigned acquire(const unsigned* at) {
+  on_cpu::spinning = true;
+  on_cpu::yield();
+  return *at;
+}
+inline void prefetch(const void* at) { (void)*(const volatile char*)at; }  // of what must be there
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+using std::isfinite;
+
+// after the kernels: `launch` by name
+#define KERNEL(name) if (std::string(kernel) == #name) return on_cpu::run(on_cpu::kernel_of<name>, blocks, threads, bytes, given);
