@@ -6,12 +6,17 @@
 // the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call: what lies between
 // two products, and the threads' waiting for each other, would otherwise take as long as the products of a small model.
 //
-//     R rows · C width · D head size · S tokens in the cache · matrices as panels (outputs/8, inputs, 8), W their type
+// Where the processor multiplies pairs of bfloat16 numbers and adds them up in float32, rows are rounded to bfloat16 before
+// a product by bfloat16 weights; elsewhere weights are widened.
+//
+//     R rows · C width · D head size · S tokens in the cache · matrices as panels (outputs/8, inputs, 8), W their type;
+//     of pairs (outputs/8, inputs/2, 8, 2)
 //
 // The cache is panels too: keys (layers, K, S/8, D, 8), values (layers, K, D/8, S, 8), so that attention is two products.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -21,17 +26,28 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr long LANES = 8;  // outputs of a panel
-constexpr long ROWS = 6, MOST = 32;  // rows of one go, and in all
+#ifdef __AVX512VL__
+constexpr long ROWS = 12;  // rows of one go: there are 32 registers
+#else
+constexpr long ROWS = 6;  // 16
+#endif
+constexpr long MOST = 32;  // rows in all
 constexpr long BLOCK = 64, AHEAD = 64;  // columns of a block, and how far ahead weights are asked for
 
 // an array of sums is kept in registers only if no loop over it is left
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 32")
 
 template <typename T>
 struct Vector {
@@ -44,6 +60,21 @@ struct bfloat16 {
   uint16_t bits;
   operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };
+
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+template <typename W>
+constexpr bool paired = PAIRS && std::is_same_v<W, bfloat16>;
+// what rows are multiplied as, and the columns of a panel
+template <typename W, typename T>
+using Factor = std::conditional_t<paired<W>, bfloat16, T>;
+template <typename W>
+long columns(long width) {
+  return paired<W> ? (width + 1) / 2 * 2 : width;
+}
 
 template <typename T>
 Lanes<T> load(const T* at) {
@@ -89,50 +120,90 @@ void together(Work work) {
 // sums (R, P) = or, if `onto`, += R rows of x · P panels, over n columns; rows of x lie `stride` numbers apart, panels
 // `apart`
 template <typename W, typename T, int R, int P>
-void add(const T* x, long stride, const W* panels, long apart, long n, Lanes<T>* sums, bool onto) {
+void add(const Factor<W, T>* x, long stride, const W* panels, long apart, long n, Lanes<T>* sums, bool onto) {
   Lanes<T> sum[R][P] = {};
   if (onto) UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] = sums[r * P + p];
-  for (long c = 0; c < n; c++) {
-    Lanes<T> weight[P];
+  for (long c = 0; c < n; c += paired<W> ? 2 : 1) {
+    const W* at[P];
     UNROLL for (int p = 0; p < P; p++) {
-      const W* at = panels + p * apart + c * LANES;
-      weight[p] = load(at);
-      if (P < 4) __builtin_prefetch(at + AHEAD * LANES);  // of four places the processor does so itself
+      at[p] = panels + p * apart + c * LANES;
+      if (P < 4) __builtin_prefetch(at[p] + AHEAD * LANES);  // of four places the processor does so itself
     }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] += weight[p] * x[r * stride + c];
+#ifdef __AVX512BF16__
+    if constexpr (paired<W>) {
+      __m256bh weight[P];
+      UNROLL for (int p = 0; p < P; p++) weight[p] = (__m256bh)_mm256_loadu_si256((const __m256i*)at[p]);
+      UNROLL for (int r = 0; r < R; r++) {
+        int pair;
+        std::memcpy(&pair, x + r * stride + c, sizeof pair);
+        const __m256bh both = (__m256bh)_mm256_set1_epi32(pair);
+        UNROLL for (int p = 0; p < P; p++) sum[r][p] = (Lanes<T>)_mm256_dpbf16_ps((__m256)sum[r][p], weight[p], both);
+      }
+      continue;
+    }
+#endif
+    if constexpr (!paired<W>) {
+      Lanes<T> weight[P];
+      UNROLL for (int p = 0; p < P; p++) weight[p] = load(at[p]);
+      UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] += weight[p] * x[r * stride + c];
+    }
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sums[r * P + p] = sum[r][p];
 }
 
 // sums (R, P) = x (R, C) · P panels
 template <typename W, typename T, int P>
-void multiply(const T* x, long stride, long rows, const W* panels, long apart, long width, Lanes<T>* sums) {
-  constexpr decltype(&add<W, T, 1, P>) adds[] = {add<W, T, 1, P>, add<W, T, 2, P>, add<W, T, 3, P>,
-                                                 add<W, T, 4, P>, add<W, T, 5, P>, add<W, T, 6, P>};
-  const long block = rows > ROWS ? BLOCK : width;
+void multiply(const Factor<W, T>* x, long stride, long rows, const W* panels, long apart, long width, Lanes<T>* sums) {
+  constexpr auto adds = []<int... R>(std::integer_sequence<int, R...>) {
+    return std::array{&add<W, T, R + 1, P>...};
+  }(std::make_integer_sequence<int, ROWS * 2 / P>());  // as many as there are registers for
+  constexpr long most = adds.size();
+  const long block = rows > most ? BLOCK : width;
   for (long c = 0; c < width; c += block)
-    for (long r = 0; r < rows; r += ROWS)
-      adds[std::min(ROWS, rows - r) - 1](x + r * stride + c, stride, panels + c * LANES, apart, std::min(block, width - c),
+    for (long r = 0; r < rows; r += most)
+      adds[std::min(most, rows - r) - 1](x + r * stride + c, stride, panels + c * LANES, apart, std::min(block, width - c),
                                          sums + r * P, c > 0);
 }
 
 // A thread's share of x (R, C) · panels, P of them at once, from places far apart: `then(row, panel, sums)` is told each
 // result.
 template <typename W, typename T, int P, typename Then>
-void share(Thread t, const T* x, long stride, long rows, const W* panels, long n_panels, long width, Then then) {
+void share(Thread t, const Factor<W, T>* x, long stride, long rows, const W* panels, long n_panels, long width, Then then) {
   const long part = n_panels / P;
   for (long j = t.begin(part); j < t.end(part); j++) {
     Lanes<T> sums[MOST * P];
-    multiply<W, T, P>(x, stride, rows, panels + j * width * LANES, part * width * LANES, width, sums);
+    const long size = columns<W>(width) * LANES;
+    multiply<W, T, P>(x, stride, rows, panels + j * size, part * size, width, sums);
     for (long r = 0; r < rows; r++)
       for (int p = 0; p < P; p++) then(r, j + p * part, sums[r * P + p]);
   }
 }
 
+// the same numbers as they are multiplied, for one thread
+template <typename W, typename T>
+const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
+  if constexpr (paired<W>) {
+    static thread_local std::vector<bfloat16> rounded;
+    const long to = columns<W>(width);
+    rounded.assign(rows * to, bfloat16{0});
+    for (long r = 0; r < rows; r++)
+      for (long c = 0; c < width; c++) {
+        const uint32_t bits = std::bit_cast<uint32_t>(x[r * stride + c]);
+        const bool nan = (bits & 0x7fffffff) > 0x7f800000;  // which rounding could make an infinity
+        rounded[r * to + c].bits = uint16_t((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+      }
+    stride = to;
+    return rounded.data();
+  } else {
+    return x;
+  }
+}
+
 template <typename W, typename T, typename Then>
-void product(Thread t, const T* x, long stride, long rows, const void* panels, long n_panels, long width, Then then) {
+void product(Thread t, const T* from, long stride, long rows, const void* panels, long n_panels, long width, Then then) {
   const W* w = (const W*)panels;
-  if (rows <= 3 && n_panels % 4 == 0) share<W, T, 4>(t, x, stride, rows, w, n_panels, width, then);  // 16 registers
+  const auto* x = factors<W>(from, stride, rows, width);
+  if (rows <= ROWS / 2 && n_panels % 4 == 0) share<W, T, 4>(t, x, stride, rows, w, n_panels, width, then);
   else if (n_panels % 2 == 0) share<W, T, 2>(t, x, stride, rows, w, n_panels, width, then);
   else share<W, T, 1>(t, x, stride, rows, w, n_panels, width, then);
 }
@@ -151,7 +222,7 @@ void small_product(const T* x, long stride, long rows, const T* panels, long apa
         for (int p = 0; p < P; p++) *(Lanes<T>*)(y + r * y_stride + (j + p) * LANES) = sums[r * P + p];
     }
   };
-  if (rows <= 3) go(std::integral_constant<int, 4>());
+  if (rows <= ROWS / 2) go(std::integral_constant<int, 4>());
   go(std::integral_constant<int, 2>());
   go(std::integral_constant<int, 1>());
 }
@@ -438,6 +509,8 @@ void typed(int type, Work work) {
 
 // What is given ids returns whether it knows them; if not, it does nothing.
 extern "C" {
+
+bool specdec_pairs() { return PAIRS; }
 
 void specdec_multiply(int type, const void* x, long rows, long width, const void* panels, long n_panels, void* y) {
   typed(type, [&](auto w, auto number) {

@@ -32,7 +32,8 @@ def sums(dtype: torch.dtype) -> torch.dtype:
 
 def library_path() -> Path:
     """Where it is kept: another machine, torch or source has another one."""
-    machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), FLAGS, _SOURCE.read_text()
+    processor = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
+    machine = torch.__version__, processor, FLAGS, _SOURCE.read_text()
     return build_dir() / "native" / f"native-{hashlib.sha256(repr(machine).encode()).hexdigest()[:12]}.so"
 
 
@@ -71,12 +72,16 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"specdec_{name}")
         function.restype, function.argtypes = result, (c_int, *arguments)
         setattr(loaded, name, function)
+    loaded.pairs = bool(loaded.specdec_pairs())
     return loaded
 
 
 def panels(weight: Tensor) -> Tensor:
-    """A matrix (N, C) as panels (N/8, C, 8) of 8 outputs that lie together and are multiplied at once."""
+    """A matrix (N, C) as panels (N/8, C, 8) of 8 outputs that lie together and are multiplied at once; where numbers are
+    multiplied in pairs, (N/8, C/2, 8, 2)."""
     rows = F.pad(weight.detach(), (0, 0, 0, -len(weight) % LANES)).view(-1, LANES, weight.shape[1])
+    if weight.dtype == torch.bfloat16 and library().pairs:
+        rows = F.pad(rows, (0, rows.shape[2] % 2)).unflatten(2, (-1, 2))
     return rows.transpose(1, 2).contiguous()
 
 
@@ -87,7 +92,8 @@ class PanelLinear(nn.Module):
         super().__init__()
         if linear.weight.dtype not in TYPES:
             raise ValueError(f"there are no panels of {linear.weight.dtype}; choose float32, float64 or bfloat16.")
-        self.n_outputs, self.type, self.sums = len(linear.weight), TYPES[linear.weight.dtype], sums(linear.weight.dtype)
+        (self.n_outputs, self.n_inputs), dtype = linear.weight.shape, linear.weight.dtype
+        self.type, self.sums = TYPES[dtype], sums(dtype)
         self.panels = nn.Parameter(panels(linear.weight), requires_grad=False)
         self.multiply = library().multiply
 
@@ -95,8 +101,8 @@ class PanelLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).to(self.sums).contiguous()
         if len(rows) > MOST:
             raise ValueError(f"{len(rows)} rows are too many for panels; give at most {MOST}.")
-        if rows.shape[1] != self.panels.shape[1]:
-            raise ValueError(f"rows of {rows.shape[1]} numbers were given where {self.panels.shape[1]} are multiplied.")
+        if rows.shape[1] != self.n_inputs:
+            raise ValueError(f"rows of {rows.shape[1]} numbers were given where {self.n_inputs} are multiplied.")
         y = rows.new_empty(len(rows), len(self.panels) * LANES)
         self.multiply(self.type, rows.data_ptr(), *rows.shape, self.panels.data_ptr(), len(self.panels), y.data_ptr())
         return y[:, : self.n_outputs].view(*x.shape[:-1], -1).to(x.dtype)

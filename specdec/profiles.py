@@ -213,7 +213,7 @@ def scaled(profile: Profile, fraction: float) -> Profile:
             return replace(
                 p,
                 iterations=iterations,
-                warmup=max(round(p.warmup * fraction * n), iterations // 10) if p.warmup else 0,
+                warmup=max(round(p.warmup * fraction * n), iterations // 10 if p.warmup and n > 1 else 0),
                 learning_rate=p.learning_rate * n**0.5,
                 accumulation=accumulation,
             )

@@ -78,10 +78,17 @@ def test_products_of_few_rows(dtype, outputs):
 
 
 @needs_compiler
-def test_products_with_bfloat16_weights_are_summed_in_float32():
-    weight = nn.Linear(130, 40, bias=False).bfloat16()
-    fast, x = PanelLinear(weight), torch.randn(7, 130, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(fast(x), x @ weight.weight.float().t())
+@pytest.mark.parametrize("width", [1, 63, 130])
+def test_products_with_bfloat16_weights_are_summed_in_float32(width):
+    """Of rows that are rounded first where the processor multiplies pairs of bfloat16: to the nearest, ties to even."""
+    weight = nn.Linear(width, 40, bias=False).bfloat16()
+    fast, x = PanelLinear(weight), torch.randn(MOST, width, generator=torch.Generator().manual_seed(0))
+    x[0] = 1 + 2**-8  # a tie
+    rounded = x.bfloat16().float() if native.library().pairs else x
+    for rows in range(1, MOST + 1):
+        torch.testing.assert_close(fast(x[:rows]), rounded[:rows] @ weight.weight.float().t(), rtol=1e-5, atol=1e-5)
+    x[0, 0] = torch.nan
+    assert fast(x)[0].isnan().all() and fast(x)[1:].isfinite().all()
 
 
 @needs_compiler
