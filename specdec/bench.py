@@ -29,7 +29,7 @@ Arm = Callable[[list[int], Randomness, Trace], object]  # runs one text to its e
 
 def target_alone(model: Transformer, config: BenchConfig, sampling: Sampling) -> Arm:
     """Arm A, and with a draft as the model arm B."""
-    sampling = ready_sampling(sampling, config.passes)
+    sampling = ready_sampling(sampling, config.passes, model.device)
 
     def run(prompt, randomness, trace):
         for _ in generate(
@@ -44,7 +44,8 @@ def both(
     target: Transformer, drafter: Drafter, k: int, config: BenchConfig, sampling: Sampling, rule: Rule = token_wise
 ) -> Arm:
     """Arm C: ``drafter`` proposes k tokens a round, the target verifies."""
-    sampling, rule = ready_sampling(sampling, config.passes), ready_rule(rule, config.passes)
+    sampling = ready_sampling(sampling, config.passes, target.device)
+    rule = ready_rule(rule, config.passes, target.device)
 
     def run(prompt, randomness, trace):
         for _ in speculate(
@@ -328,9 +329,10 @@ def run(
     turns with the prompts of the sweep, and from the acceptance by position of all its rounds.
     """
     sweep, final = split_prompts(data, config)
-    out, k_max, device, rule = Benchmark(), max(config.ks), target.device, ready_rule(token_wise, config.passes)
+    out, k_max, device = Benchmark(), max(config.ks), target.device
+    rule = ready_rule(token_wise, config.passes, device)
     for temperature in config.temperatures:
-        sampling, tag = ready_sampling(Sampling(temperature), config.passes), f"T={temperature:g}"
+        sampling, tag = ready_sampling(Sampling(temperature), config.passes, device), f"T={temperature:g}"
         baseline = target_alone(target, config, sampling)
         arms = {"A": baseline} | {f"B {name}": target_alone(model, config, sampling) for name, model in alone.items()}
         for name, drafter in drafters.items():

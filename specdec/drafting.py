@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import CompiledModel
 from .data import TokenData
-from .inference import Model, draw_next
+from .inference import Model, Whole, draw_next
 from .passes import Captured
 from .sampling import Numbers, Randomness, Sampling
 
@@ -112,19 +111,19 @@ class AdaptiveDraftModel(DraftModel):
 class ChainedDraftModel(DraftModel):
     """The same on compiled passes, with all k steps of a round as one call: between them nothing waits for Python."""
 
-    model: CompiledModel
+    model: Whole
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         if k == 0:
             return no_draft(self.n_ids, self.model.device)
-        unread = torch.tensor([text[self.cache.length :]])  # as in DraftModel: (1, 1 or 2)
+        unread = torch.tensor([text[self.cache.length :]], device=self.model.device)  # as in DraftModel: (1, 1 or 2)
         tokens, q = self.offered(*self.model.draw(unread, self.cache, sampling, randomness, k))
         return Draft(tokens, self.spread(q))
 
 
 def drafter_of(model: Model) -> DraftModel:
     """The fastest drafter that a model made ready allows."""
-    return (ChainedDraftModel if isinstance(model, CompiledModel) else DraftModel)(model)
+    return (ChainedDraftModel if isinstance(model, Whole) else DraftModel)(model)
 
 
 class CapturedDraftModel(DraftModel):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import CompiledModel, CompiledSampling, compiled_token_wise
+from .cuda import CudaModel, CudaSampling, cuda_token_wise
 from .model import KVCache, Transformer
 from .native import MOST, PanelLinear
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
@@ -20,7 +21,8 @@ from .sampling import Randomness, Rule, Sampling, token_wise
 from .train import can_compile, has_bf16
 
 PASSES = ("eager", "compiled", "graphs")
-Model = Transformer | FixedShapes | CompiledModel
+Whole = CompiledModel | CudaModel  # whose passes, and drafts of several tokens, are one call each
+Model = Transformer | FixedShapes | Whole
 
 
 class PackedLinear(nn.Module):
@@ -64,22 +66,22 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
     """A copy of ``model`` for decoding, called like the model itself.
 
     ``dtype`` "auto" is bfloat16 where the machine multiplies it natively. ``passes`` says how short passes run:
-    "eager"; "compiled" for the CPU, in C++; as CUDA "graphs", which on a CPU is the same code without the capturing.
+    "eager"; "compiled", in C++ or as CUDA kernels; as CUDA "graphs", which on a CPU is the same code without the capturing.
     ``exact``: a token's logits are the same bits however many tokens are read with it, so that greedy text does not
     depend on whether a draft helped. Compiled passes are so by themselves; of any other a short one then costs what
     one over 16 rows costs.
     """
     if passes not in PASSES:
         raise ValueError(f"passes is {passes!r}; choose {', '.join(PASSES)}.")
-    if passes == "compiled" and model.device.type != "cpu":
-        raise ValueError("compiled passes are for the CPU; choose graphs on a GPU.")
+    if passes == "compiled" and model.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"compiled passes are for CPUs and CUDA, not for {model.device.type}; choose eager.")
     if dtype == "auto":
         dtype = torch.bfloat16 if has_bf16(model.device) else torch.float32
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
-    if passes == "compiled" and can_compile():
-        return CompiledModel(model)
+    if passes == "compiled" and can_compile(model.device):
+        return CudaModel(model) if model.device.type == "cuda" else CompiledModel(model)
     if can_pack(dtype, model.device):
         replace_linears(model, SplitLinear if dtype == torch.float32 and can_compile() else PackedLinear)
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))
@@ -89,16 +91,20 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
 
 
 @cache
-def ready_rule(rule: Rule, passes: str = "eager") -> Rule:
+def ready_rule(rule: Rule, passes: str = "eager", device: str | torch.device = "cpu") -> Rule:
     """The same ``rule``, for the same tokens of the same random numbers, as quick as ``passes`` says. Only
     the token-wise rule has a faster form."""
-    return compiled_token_wise if passes == "compiled" and rule is token_wise and can_compile() else rule
+    if passes != "compiled" or rule is not token_wise or not can_compile(device):
+        return rule
+    return cuda_token_wise if torch.device(device).type == "cuda" else compiled_token_wise
 
 
 @cache
-def ready_sampling(sampling: Sampling, passes: str = "eager") -> Sampling:
+def ready_sampling(sampling: Sampling, passes: str = "eager", device: str | torch.device = "cpu") -> Sampling:
     """The same ``sampling`` as quick as ``passes`` says."""
-    return CompiledSampling(**asdict(sampling)) if passes == "compiled" and can_compile() else sampling
+    if passes != "compiled" or not can_compile(device):
+        return sampling
+    return (CudaSampling if torch.device(device).type == "cuda" else CompiledSampling)(**asdict(sampling))
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -125,7 +131,7 @@ def trimmed(model: Transformer, ids: Tensor) -> Transformer:
 
 def read(model: Model, ids: Tensor, cache: KVCache) -> None:
     """Add ids (1, T) to the text in ``cache``; nobody wants their logits."""
-    (model.read if isinstance(model, CompiledModel) else model)(ids, cache)
+    (model.read if isinstance(model, Whole) else model)(ids, cache)
 
 
 def draw_next(
@@ -133,7 +139,7 @@ def draw_next(
 ) -> tuple[Tensor, Tensor]:
     """The token (1,) that follows ids (1, T), which continue the text in ``cache``, and the row it was drawn from: (1, V),
     or (1, N) of a model with a trimmed output layer. ``name`` is whom to blame for a logit that is not finite."""
-    if isinstance(model, CompiledModel) and isinstance(randomness, Randomness):  # a test's oracle chooses by itself
+    if isinstance(model, Whole) and isinstance(randomness, Randomness):  # a test's oracle chooses by itself
         return model.draw(ids, cache, sampling, randomness)
     token, probs = sampling.draw(model(ids, cache)[0, -1, : model.config.n_ids], randomness, name)
     return token, probs[None]

@@ -17,6 +17,7 @@
 #define LEAST 16  // pieces of 8 weights, of the part of a row of weights that a warp multiplies
 #endif
 #define UNROLL _Pragma("unroll")
+#define AS_IT_IS _Pragma("unroll 1")  // a loop whose body is several rounds already
 
 typedef long long int64;
 struct bfloat16 {
@@ -44,8 +45,15 @@ struct Model {
 };
 
 extern __shared__ float4 memory[];
+__shared__ Model m;
+__shared__ struct {
+  float *keys, *values, *logits;
+  int start;  // tokens in the cache before those of this pass
+} now;
 
 namespace {
+
+enum { QKV, OUT, UP, DOWN, HEAD };  // the products of a pass
 
 constexpr int WARPS = THREADS / 32, MANY = 8;  // rows multiplied at once
 constexpr int PIECE = sizeof(W) / 2;  // vectors of 16 bytes that 8 weights take
@@ -67,28 +75,38 @@ __device__ unsigned acquire(const unsigned* at) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
+// zeros unless `wanted`, without a branch: behind one, loads would not be under way together
+__device__ uint4 stream(const uint4* at, bool wanted) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(at), "r"((int)wanted));
+  return v;
+}
 __device__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 #endif
 
 // n weights that will soon be needed: all threads ask memory for them
 __device__ void ahead(const W* weights, int64 n) {
   const int64 lines = n * sizeof(W) / 128;
-  for (int64 i = blockIdx.x * THREADS + threadIdx.x; i < lines; i += gridDim.x * THREADS) prefetch((const char*)weights + i * 128);
+  AS_IT_IS for (int64 i = blockIdx.x * THREADS + threadIdx.x; i < lines; i += gridDim.x * THREADS)
+    prefetch((const char*)weights + i * 128);
 }
 
 // All blocks wait for each other, and meanwhile do `work`. The highest bit of the count changes when all are there, which
 // needs no reset.
 template <typename Work>
-__device__ void meet(unsigned* count, Work work) {
+__device__ void meet(Work work) {
   unsigned before = 0;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    before = atomicAdd(count, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+    before = atomicAdd(m.meeting, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
   }
   work();
   if (threadIdx.x == 0) {
-    while (((before ^ acquire(count)) >> 31) == 0) {}
+    while (((before ^ acquire(m.meeting)) >> 31) == 0) {}
     __threadfence();
   }
   __syncthreads();
@@ -146,46 +164,54 @@ __device__ float weight(const uint4* piece, int i) {
 __device__ float4 four(const W* at) {
   if constexpr (PIECE == 2) return __ldg((const float4*)at);
   const uint2 v = __ldg((const uint2*)at);
-  return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u)};
+  const unsigned high = 0xffff0000;
+  return {__uint_as_float(v.x << 16), __uint_as_float(v.x & high), __uint_as_float(v.y << 16), __uint_as_float(v.y & high)};
 }
 
 // Rows of shared memory: first and last four of 8 numbers lie apart, so that a warp reads neighbours
 __device__ float4& place(float4* x, int width, int r, int c) { return x[(2 * r + c % 2) * (width / 8) + c / 2]; }
 
-// rows of fours `from(row, c)` into shared memory
-template <typename From>
-__device__ void stage(int rows, int width, From from) {
+// rows that other blocks wrote into shared memory
+__device__ void stage(const float* x, int rows, int width) {
   constexpr int B = 4;
-  const int n = rows * (width / 4);
-  for (int start = threadIdx.x; start < n; start += B * THREADS) {
+  const int fours = width / 4, n = rows * fours;
+  AS_IT_IS for (int begin = threadIdx.x; begin < n; begin += B * THREADS) {
     float4 v[B];
     UNROLL for (int b = 0; b < B; b++)
-      if (const int i = start + b * THREADS; i < n) v[b] = from(i / (width / 4), i % (width / 4));
+      v[b] = __ldcg((const float4*)x + smaller(begin + b * THREADS, n - 1));
     UNROLL for (int b = 0; b < B; b++)
-      if (const int i = start + b * THREADS; i < n) place(rest(), width, i / (width / 4), i % (width / 4)) = v[b];
+      if (const int i = begin + b * THREADS; i < n) place(rest(), width, i / fours, i % fours) = v[b];
   }
   __syncthreads();
 }
 
-// the same, each row normalised by a warp; every block does so for itself, which is shorter than waiting for another
-template <typename From>
-__device__ void norm(int rows, int width, float eps, const float* weight, From from) {
+// four numbers of the embedding
+__device__ float4 embedded(const int64* id, int c) {
+  const int64 known = __ldcg(id), row = known < 0 ? 0 : known < m.n_ids ? known : m.n_ids - 1;
+  return four(m.embedding + row * m.width + 4 * c);
+}
+
+// rows of the embedding, or if there are no ids of x, normalised into shared memory, each by a warp; every block does so
+// for itself, which is shorter than waiting for another
+__device__ void norm(const int64* ids, const float* x, int rows, const float* weight) {
   constexpr int B = 8;
-  const int n = width / 4;
-  for (int r = warp(); r < rows; r += WARPS) {
+  const int width = m.width, n = width / 4;
+  AS_IT_IS for (int r = warp(); r < rows; r += WARPS) {
     float squares[1][1] = {};
-    for (int start = lane(); start < n; start += B * 32) {
+    AS_IT_IS for (int begin = lane(); begin < n; begin += B * 32) {
       float4 v[B], w[B];
+      auto at = [=](int b) { return smaller(begin + b * 32, n - 1); };
+      UNROLL for (int b = 0; b < B; b++) w[b] = __ldcg((const float4*)weight + at(b));
+      if (ids) UNROLL for (int b = 0; b < B; b++) v[b] = embedded(ids + r, at(b));
+      else UNROLL for (int b = 0; b < B; b++) v[b] = __ldcg((const float4*)(x + r * width) + at(b));
       UNROLL for (int b = 0; b < B; b++)
-        if (const int c = start + b * 32; c < n) v[b] = from(r, c), w[b] = __ldg((const float4*)weight + c);
-      UNROLL for (int b = 0; b < B; b++)
-        if (const int c = start + b * 32; c < n) {
+        if (const int c = begin + b * 32; c < n) {
           squares[0][0] += v[b].x * v[b].x + v[b].y * v[b].y + v[b].z * v[b].z + v[b].w * v[b].w;
           place(rest(), width, r, c) = {v[b].x * w[b].x, v[b].y * w[b].y, v[b].z * w[b].z, v[b].w * w[b].w};
         }
     }
     reduce(squares);
-    const float scale = 1 / sqrtf(squares[0][0] / width + eps);
+    const float scale = 1 / sqrtf(squares[0][0] / width + (float)m.norm_eps);
     for (int c = lane(); c < n; c += 32) {
       float4& v = place(rest(), width, r, c);
       v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
@@ -197,14 +223,13 @@ __device__ void norm(int rows, int width, float eps, const float* weight, From f
 // a lane's sums of R rows x · G rows of weights, over the pieces from … to
 template <int R, int G>
 __device__ void multiply(const float4* x, int pieces, const W* const (&at)[G], int from, int to, float (&sums)[G][R]) {
-  constexpr int B = (R * G <= 8 ? 4 : R * G <= 16 ? 3 : 2) / PIECE;  // pieces under way
-  for (int start = from + lane(); start < to; start += 32 * B) {
+  constexpr int B = (R * G <= 16 ? 4 : 3) - PIECE;  // pieces under way
+  AS_IT_IS for (int start = from + lane(); start < to; start += 32 * B) {
     uint4 raw[B][G][PIECE];
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int g = 0; g < G; g++) UNROLL for (int v = 0; v < PIECE; v++)
-      if (const int i = start + 32 * b; i < to) raw[b][g][v] = __ldg((const uint4*)at[g] + i * PIECE + v);
+      raw[b][g][v] = stream((const uint4*)at[g] + (start + 32 * b) * PIECE + v, start + 32 * b < to);
     UNROLL for (int b = 0; b < B; b++) {
-      const int i = start + 32 * b;
-      if (i >= to) break;
+      const int i = smaller(start + 32 * b, to - 1);
       UNROLL for (int r = 0; r < R; r++) {
         const float4 p = x[2 * r * pieces + i], q = x[(2 * r + 1) * pieces + i];
         const float numbers[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
@@ -215,76 +240,101 @@ __device__ void multiply(const float4* x, int pieces, const W* const (&at)[G], i
   }
 }
 
-// R rows x · all rows of weights, in groups of G that lie `apart`: `then(row, first of the group, sums)` is told each
-// result. Where groups are fewer than warps, several warps of a block each multiply a part.
-template <int R, int G, typename Then>
-__device__ void groups(const float4* x, int width, const W* weights, int n, int apart, Then then) {
+// sums of G columns that lie `apart`, of row r, go where they belong
+template <int G>
+__device__ void deliver(int kind, int layer, int r, int column, int n, int apart, const float (&sums)[G]) {
+  if (kind == QKV) {  // both numbers of a pair: turned by their position's angle, into the queries or the cache
+    const int D = m.head_size, K = m.n_kv_heads, H = m.n_heads, head = column / D, d = column % D, position = now.start + r;
+    float a = sums[0], b = sums[1];
+    if (head < H + K) {
+      const float cos = __ldg(m.cos + position * apart + d), sin = __ldg(m.sin + position * apart + d);
+      a = sums[0] * cos - sums[1] * sin, b = sums[1] * cos + sums[0] * sin;
+    }
+    float* to = m.queries + (r * H + head) * D + d;
+    if (head < H) {
+      const float factor = 1 / sqrtf(D);
+      a *= factor, b *= factor;
+    } else {
+      const int64 row = ((int64)layer * K + (head - H) % K) * m.capacity + position;
+      to = (head < H + K ? now.keys : now.values) + row * D + d;
+    }
+    to[0] = a, to[apart] = b;
+    return;
+  }
+  UNROLL for (int g = 0; g < G; g++) {
+    const int c = column + g * apart;
+    if (c >= n) return;
+    const float v = sums[g];
+    if (kind == OUT || kind == DOWN) m.x[r * n + c] = __ldcg(m.x + r * n + c) + v;
+    if (kind == UP) m.inner[r * n + c] = m.squared ? (v < 0 ? 0 * v : v * v) : v * 0.5f * (1 + erff(v * 0.70710678f));
+    if (kind == HEAD) now.logits[(int64)r * n + c] = v;
+  }
+}
+
+// R rows x · all rows of weights, in groups of G that lie `apart`. Where groups are fewer than warps, several warps of a
+// block each multiply a part.
+template <int R, int G>
+__device__ void groups(int kind, int layer, int above, int rows, int width, const W* weights, int n, int apart) {
+  const float4* x = rest() + above * (width / 4);
   const int pieces = width / 8, n_groups = (n + G * apart - 1) / (G * apart) * apart, row = lane() / (32 / R);
   int parts = 1;
   while (2 * parts <= smaller(WARPS, 8) && n_groups * 2 * parts <= gridDim.x * WARPS && pieces >= 2 * parts * LEAST) parts *= 2;
   const int share = (pieces + parts - 1) / parts, part = warp() % parts, per_block = WARPS / parts;
-  const bool leads = lane() % (32 / R) == 0;
-  auto column = [=](int group) { return group / apart * (G * apart) + group % apart; };
-  for (int begin = blockIdx.x * per_block; begin < n_groups; begin += gridDim.x * per_block) {
+  const bool leads = lane() % (32 / R) == 0 && above + row < rows;
+  AS_IT_IS for (int begin = blockIdx.x * per_block; begin < n_groups; begin += gridDim.x * per_block) {
     const int group = begin + warp() / parts;
-    float sums[G][R] = {};
+    float sums[G][R] = {}, result[G];
+    const int column = group / apart * (G * apart) + group % apart;
     if (group < n_groups) {
       const W* at[G];
-      UNROLL for (int g = 0; g < G; g++) at[g] = weights + (int64)smaller(column(group) + g * apart, n - 1) * width;
+      UNROLL for (int g = 0; g < G; g++) at[g] = weights + (int64)smaller(column + g * apart, n - 1) * width;
       multiply<R, G>(x, pieces, at, part * share, smaller(pieces, (part + 1) * share), sums);
       reduce(sums);
     }
-    float result[G];
     UNROLL for (int g = 0; g < G; g++) result[g] = sums[g][0];
-    if (parts == 1) {
-      if (leads && group < n_groups) then(row, column(group), result);
-      continue;
+    if (parts > 1) {
+      if (leads) UNROLL for (int g = 0; g < G; g++) partial()[(warp() * G + g) * R + row] = result[g];
+      __syncthreads();
+      if (leads && part == 0)
+        for (int p = 1; p < parts; p++)
+          UNROLL for (int g = 0; g < G; g++) result[g] += partial()[((warp() + p) * G + g) * R + row];
+      __syncthreads();
     }
-    if (leads) UNROLL for (int g = 0; g < G; g++) partial()[(warp() * G + g) * R + row] = result[g];
-    __syncthreads();
-    for (int i = threadIdx.x; i < per_block * R; i += THREADS) {
-      const float* from = partial() + i / R * parts * G * R + i % R;
-      UNROLL for (int g = 0; g < G; g++) result[g] = from[g * R];
-      for (int p = 1; p < parts; p++) UNROLL for (int g = 0; g < G; g++) result[g] += from[(p * G + g) * R];
-      if (begin + i / R < n_groups) then(i % R, column(begin + i / R), result);
-    }
-    __syncthreads();
+    if (leads && part == 0 && group < n_groups) deliver<G>(kind, layer, above + row, column, n, apart, result);
   }
 }
 
 // the rows in shared memory · (n, width) weights
-template <int G, typename Then>
-__device__ void product(int rows, int width, const W* weights, int n, int apart, Then then) {
-  for (int begin = 0; begin < rows; begin += MANY) {
-    const float4* x = rest() + begin * (width / 4);
-    auto known = [=](int row, int column, const float (&sums)[G]) {
-      if (begin + row < rows) then(begin + row, column, sums);
-    };
-    if (rows - begin == 1) groups<1, G>(x, width, weights, n, apart, known);
-    else if (rows - begin == 2) groups<2, G>(x, width, weights, n, apart, known);
-    else if (rows - begin <= 4) groups<4, G>(x, width, weights, n, apart, known);
-    else groups<8, G>(x, width, weights, n, apart, known);
+template <int G>
+__device__ void product(int kind, int layer, int rows, int width, const W* weights, int n, int apart) {
+  AS_IT_IS for (int above = 0; above < rows; above += MANY) {
+    const int left = rows - above;
+    if (left == 1) groups<1, G>(kind, layer, above, rows, width, weights, n, apart);
+    else if (left == 2) groups<2, G>(kind, layer, above, rows, width, weights, n, apart);
+    else if (left <= 4) groups<4, G>(kind, layer, above, rows, width, weights, n, apart);
+    else groups<8, G>(kind, layer, above, rows, width, weights, n, apart);
   }
 }
 
 // one block for each head of each row: scores, their softmax, values
-__device__ void attend(const Model& m, const float* keys, const float* values, int rows, int start) {
+__device__ void attend(int layer, int rows) {
   constexpr int B = 4;
-  const int H = m.n_heads, D = m.head_size;
+  const int H = m.n_heads, K = m.n_kv_heads, D = m.head_size;
   float *q = (float*)rest(), *sums = q + D, *scores = sums + WARPS * D;
-  for (int i = blockIdx.x; i < rows * H; i += gridDim.x) {
-    const int n = start + i / H + 1;  // keys that the row sees
-    const int64 head = (i % H) / (H / m.n_kv_heads) * m.capacity * D;
+  AS_IT_IS for (int i = blockIdx.x; i < rows * H; i += gridDim.x) {
+    const int n = now.start + i / H + 1;  // keys that the row sees
+    const int64 head = ((int64)layer * K + i % H / (H / K)) * m.capacity * D;
+    const float *keys = now.keys + head, *values = now.values + head;
     __syncthreads();
     for (int d = threadIdx.x; d < D; d += THREADS) q[d] = __ldcg(m.queries + i * D + d);
     __syncthreads();
     float highest = LOWEST;
-    for (int key = warp() * B; key < n; key += WARPS * B) {
+    AS_IT_IS for (int key = warp() * B; key < n; key += WARPS * B) {
       float score[1][B] = {};
-      for (int d = 2 * lane(); d < D; d += 64) {
+      AS_IT_IS for (int d = 2 * lane(); d < D; d += 64) {
         float2 k[B];
         UNROLL for (int b = 0; b < B; b++)
-          k[b] = __ldcg((const float2*)(keys + head + (int64)smaller(key + b, n - 1) * D + d));
+          k[b] = __ldcg((const float2*)(keys + (int64)smaller(key + b, n - 1) * D + d));
         UNROLL for (int b = 0; b < B; b++) score[0][b] = __fmaf_rn(q[d + 1], k[b].y, __fmaf_rn(q[d], k[b].x, score[0][b]));
       }
       reduce(score);
@@ -296,12 +346,12 @@ __device__ void attend(const Model& m, const float* keys, const float* values, i
     float total = 0;
     for (int key = threadIdx.x; key < n; key += THREADS) total += scores[key] = expf(scores[key] - highest);
     total = sum(total);
-    for (int d = 2 * lane(); d < D; d += 64) {
+    AS_IT_IS for (int d = 2 * lane(); d < D; d += 64) {
       float2 y = {0, 0};
-      for (int key = warp(); key < n; key += WARPS * B) {
+      AS_IT_IS for (int key = warp(); key < n; key += WARPS * B) {
         float2 v[B];
         UNROLL for (int b = 0; b < B; b++)
-          v[b] = __ldcg((const float2*)(values + head + (int64)smaller(key + b * WARPS, n - 1) * D + d));
+          v[b] = __ldcg((const float2*)(values + (int64)smaller(key + b * WARPS, n - 1) * D + d));
         UNROLL for (int b = 0; b < B; b++) {
           const float p = key + b * WARPS < n ? scores[key + b * WARPS] : 0;
           y = {__fmaf_rn(p, v[b].x, y.x), __fmaf_rn(p, v[b].y, y.y)};
@@ -318,74 +368,47 @@ __device__ void attend(const Model& m, const float* keys, const float* values, i
   }
 }
 
-// R tokens after `start` others; the logits of those from the `wanted`-th on, unless there is no place for them
-__device__ void pass(const Model& m, float* keys, float* values, const int64* ids, int rows, int start, int wanted, float* logits) {
-  const int C = m.width, F = m.hidden, H = m.n_heads, K = m.n_kv_heads, D = m.head_size, half = D / 2, N = m.n_offered;
-  const int64 cached = (int64)K * m.capacity * D;  // numbers of a layer
-  const float factor = 1 / sqrtf(D), eps = m.norm_eps;
-  auto embedded = [&](int r, int c) {
-    const int64 id = __ldcg(ids + r);
-    return four(m.embedding + (id < 0 ? 0 : id < m.n_ids ? id : m.n_ids - 1) * C + 4 * c);
-  };
-  auto residual = [&](int r, int c) { return __ldcg((const float4*)(m.x + r * C) + c); };
-  auto onto = [&](int r, int column, const float (&sums)[2]) {
-    for (int g = 0, c = column; g < 2 && c < C; g++, c += C / 2) m.x[r * C + c] = __ldcg(m.x + r * C + c) + sums[g];
-  };
-  for (int i = blockIdx.x * THREADS + threadIdx.x; i < rows * (C / 4); i += gridDim.x * THREADS)
-    ((float4*)m.x)[i] = embedded(i / (C / 4), i % (C / 4));
-  for (int l = 0; l < m.n_layers; l++) {
+// R tokens after others; the logits of those from the `wanted`-th on, unless there is no place for them. The loop calls
+// every function from one place only, so that the code of a layer stays in the instruction cache.
+__device__ void pass(const int64* ids, int rows, int wanted) {
+  const int C = m.width, F = m.hidden, N = m.n_offered, Q = (m.n_heads + 2 * m.n_kv_heads) * m.head_size;
+  AS_IT_IS for (int i = blockIdx.x * THREADS + threadIdx.x; i < rows * (C / 4); i += gridDim.x * THREADS)
+    ((float4*)m.x)[i] = embedded(ids + i / (C / 4), i % (C / 4));
+  const int steps = 4 * m.n_layers + (now.logits ? 1 : 0);
+  AS_IT_IS for (int step = 0; step < steps; step++) {
+    const int l = step / 4, kind = l == m.n_layers ? HEAD : step % 4;
     const Layer& layer = m.layers[l];
-    if (l == 0) norm(rows, C, eps, layer.attention_norm, embedded);
-    else norm(rows, C, eps, layer.attention_norm, residual);
-    product<2>(rows, C, layer.qkv, (H + 2 * K) * D, half, [&](int r, int column, const float (&sums)[2]) {
-      const int head = column / D, d = column % D, position = start + r;
-      float a = sums[0], b = sums[1];
-      if (head < H + K) {
-        const float cos = __ldg(m.cos + position * half + d), sin = __ldg(m.sin + position * half + d);
-        a = sums[0] * cos - sums[1] * sin, b = sums[1] * cos + sums[0] * sin;
-      }
-      float* to = m.queries + (r * H + head) * D + d;
-      if (head < H) a *= factor, b *= factor;
-      else if (head < H + K) to = keys + l * cached + ((int64)(head - H) * m.capacity + position) * D + d;
-      else to = values + l * cached + ((int64)(head - H - K) * m.capacity + position) * D + d;
-      to[0] = a, to[half] = b;
-    });
-    meet(m.meeting, [&] { ahead(layer.out, (int64)C * C), ahead(layer.up, (int64)F * C); });
-    attend(m, keys + l * cached, values + l * cached, rows, start);
-    meet(m.meeting, [&] { ahead(layer.down, (int64)F * C); });
-    stage(rows, C, [&](int r, int c) { return __ldcg((const float4*)(m.mixed + r * C) + c); });
-    product<2>(rows, C, layer.out, C, C / 2, onto);
-    meet(m.meeting, [&] {
-      if (l + 1 < m.n_layers) ahead(m.layers[l + 1].qkv, (int64)(H + 2 * K) * D * C);
-      else if (logits) ahead(m.head, (int64)smaller(N, 8192) * C);
-    });
-    norm(rows, C, eps, layer.mlp_norm, residual);
-    product<2>(rows, C, layer.up, F, F / 2, [&](int r, int column, const float (&sums)[2]) {
-      for (int g = 0; g < 2; g++) {
-        const float v = sums[g];
-        m.inner[r * F + column + g * (F / 2)] = m.squared ? (v < 0 ? 0 * v : v * v) : v * 0.5f * (1 + erff(v * 0.70710678f));
-      }
-    });
-    meet(m.meeting, [] {});
-    stage(rows, F, [&](int r, int c) { return __ldcg((const float4*)(m.inner + r * F) + c); });
-    product<2>(rows, F, layer.down, C, C / 2, onto);
-    meet(m.meeting, [] {});
+    const int skipped = kind == HEAD ? wanted : 0;
+    if (kind == OUT || kind == DOWN) stage(kind == OUT ? m.mixed : m.inner, rows, kind == OUT ? C : F);
+    else norm(step ? nullptr : ids, m.x + skipped * C, rows - skipped,
+              kind == HEAD ? m.norm : kind == QKV ? layer.attention_norm : layer.mlp_norm);
+    if (kind == HEAD) {
+      product<4>(HEAD, l, rows - wanted, C, m.head, N, (N + 3) / 4);
+      return;
+    }
+    const W* weights = kind == QKV ? layer.qkv : kind == OUT ? layer.out : kind == UP ? layer.up : layer.down;
+    const int outputs = kind == QKV ? Q : kind == UP ? F : C;
+    product<2>(kind, l, rows, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : outputs / 2);
+    AS_IT_IS for (int after = 0; after < (kind == QKV ? 2 : 1); after++) {
+      if (after) attend(l, rows);
+      meet([&] {
+        if (kind == QKV && !after) ahead(layer.out, C * C), ahead(layer.up, F * C);
+        else if (kind == QKV) ahead(layer.down, F * C);
+        else if (kind == OUT && l + 1 < m.n_layers) ahead(m.layers[l + 1].qkv, Q * C);
+        else if (kind == OUT && now.logits) ahead(m.head, smaller(N, 8192) * C);
+      });
+    }
   }
-  if (!logits) return;
-  norm(rows - wanted, C, eps, m.norm, [&](int r, int c) { return residual(wanted + r, c); });
-  product<4>(rows - wanted, C, m.head, N, (N + 3) / 4, [&](int r, int column, const float (&sums)[4]) {
-    for (int g = 0, c = column; g < 4 && c < N; g++, c += (N + 3) / 4) logits[(int64)r * N + c] = sums[g];
-  });
 }
 
 // `work(i, load(i))` for a warp's share of n numbers, several under way
 template <typename Load, typename Work>
 __device__ void each(int n, Load load, Work work) {
-  constexpr int B = 8;
+  constexpr int B = 16;
   const int share = (n + WARPS - 1) / WARPS, end = smaller(n, (warp() + 1) * share);
-  for (int i = warp() * share + lane(); i < end; i += 32 * B) {
+  AS_IT_IS for (int i = warp() * share + lane(); i < end; i += 32 * B) {
     float v[B];
-    UNROLL for (int b = 0; b < B; b++) if (i + 32 * b < end) v[b] = load(i + 32 * b);
+    UNROLL for (int b = 0; b < B; b++) v[b] = load(smaller(i + 32 * b, end - 1));
     UNROLL for (int b = 0; b < B; b++) if (i + 32 * b < end) work(i + 32 * b, v[b]);
   }
 }
@@ -466,13 +489,17 @@ extern "C" {
 // R tokens are read; then n are drawn, each for one of the numbers, of which all but the last are read too. If n is 0 the
 // logits (R, N) are written, unless null.
 __global__ void __launch_bounds__(THREADS, 1)
-specdec_run(const __grid_constant__ Model m, float* keys, float* values, const int64* ids, int rows, int start, float* logits,
-            int n, double temperature, const double* numbers, int64* tokens, float* probs) {
-  const int n_choices = m.n_choices;
-  for (int i = 0; i == 0 || i < n; i++) {
-    pass(m, keys, values, ids, rows, start, n ? rows - 1 : 0, n ? m.logits : logits);
+specdec_run(const __grid_constant__ Model model, float* keys, float* values, const int64* ids, int rows, int start,
+            float* logits, int n, double temperature, const double* numbers, int64* tokens, float* probs) {
+  for (int i = threadIdx.x; i < sizeof m / 8; i += THREADS) ((int64*)&m)[i] = ((const int64*)&model)[i];
+  AS_IT_IS for (int i = 0; i == 0 || i < n; i++) {
+    __syncthreads();
+    if (threadIdx.x == 0) now = {keys, values, n ? m.logits : logits, start};
+    __syncthreads();
+    pass(ids, rows, n ? rows - 1 : 0);
     if (n == 0) return;
-    meet(m.meeting, [] {});
+    meet([] {});
+    const int n_choices = m.n_choices;
     if (blockIdx.x == 0) {
       float* row = probs + (int64)i * n_choices;
       probabilities(m.logits, n_choices, temperature, row);
@@ -480,7 +507,7 @@ specdec_run(const __grid_constant__ Model m, float* keys, float* values, const i
       const int known = smaller(token, n_choices - 1);  // after a row of NaN, which the engine sees itself
       if (threadIdx.x == 0) tokens[i] = token, *m.next = m.offered ? m.offered[known] : known;
     }
-    if (i + 1 < n) meet(m.meeting, [] {});
+    if (i + 1 < n) meet([] {});
     ids = m.next, start += rows, rows = 1;
   }
 }

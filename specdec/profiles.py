@@ -159,8 +159,8 @@ _SEED = Profile(
         block_size=1024, vocabulary_rate=2.0, evaluation_batches=16, compile=True,
     ),
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4, passes="graphs",
-        draft_ids=8192,
+        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4,
+        passes="compiled", draft_ids=8192,
     ),
 )  # fmt: skip
 

@@ -13,13 +13,14 @@ from dataclasses import asdict, replace
 
 import torch
 
-from . import bench, report
+from . import bench, report, roofline
 from .data import TokenData, build_dir, tokens_for, write_json
 from .distill import acceptance, distillation_loss, load_or_distill, written
 from .drafting import PromptLookup
-from .inference import PASSES
+from .inference import PASSES, ready, ready_sampling
 from .model import ModelConfig, Transformer
 from .profiles import PROFILES, BenchConfig, Profile, Schedule, count, get_profile
+from .sampling import Sampling
 from .train import History, Loss, cross_entropy, load_or_train, train
 
 ROLES = ("target", "small", "medium")
@@ -70,6 +71,10 @@ def reproduce(
     record_distillation(profile, models, histories, data)
     origin = "text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
     run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)}}
+    if is_done(profile, "roofline", run):
+        say("roofline: done before")
+    else:
+        record_roofline(profile, models, run)
     for experiment, (settings, where, drafts) in stages(profile.bench, device).items():
         if is_done(profile, experiment, run):
             say(f"{experiment}: done before")
@@ -254,6 +259,16 @@ def two_cores(really: bool):
             torch.set_num_threads(threads)
             if before:
                 os.sched_setaffinity(0, before)
+
+
+def record_roofline(profile: Profile, models: dict[str, Transformer], run: dict) -> None:
+    """``roofline.json``: a step of each model beside the floor that memory sets, in all the ways that passes can run."""
+    steps = []
+    for passes in PASSES:
+        fast = {role: ready(models[role], profile.bench.dtype, passes) for role in ROLES}
+        measured = roofline.measure_steps(fast, sampling=ready_sampling(Sampling(), passes, fast["target"].device))
+        steps += [{"sizes": profile.name, "passes": passes} | row for row in roofline.as_rows(measured)]
+    report.record(profile.name, "roofline", params=run, values={"steps": steps}, rows=steps)
 
 
 def is_done(profile: Profile, experiment: str, run: dict) -> bool:

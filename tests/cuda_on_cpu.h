@@ -1,5 +1,5 @@
 // Runs the kernels of native.cu on a CPU, for tests: what they need of CUDA, in C++. A thread is a fiber, which runs until
-// it waits for others; all blocks of a launch are alive at once, and everything happens in the same order every time.
+// it waits for others; all blocks of a launch are alive at once, and the order in which they take turns changes, but is the same every time.
 
 #pragma once
 
@@ -16,6 +16,7 @@
 
 #define __global__
 #define __device__
+#define __noinline__ [[gnu::noinline]]
 #define __shared__
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -110,16 +111,18 @@ inline void run(void (*kernel)(void**), int blocks, int threads, int bytes, void
       makecontext(&fiber.context, begin, 0);
     }
   }
-  for (bool alive = true; alive;) {
+  bool alive = true;
+  for (int turn = 0, round = 0; alive; turn++) {  // now one is the first and now another
     alive = false;
-    for (int b = 0; b < blocks; b++) {
+    for (int i = 0; i < blocks; i++) {
+      const int b = (turn / 2 + (turn % 2 ? blocks - 1 - i : i)) % blocks;
       block = &all[b], blockIdx.x = b;
       std::memcpy(memory, block->memory.get(), bytes);
       bool left = true;
       for (spinning = false; left && !spinning;) {  // then it waits for another block
-        left = false;
-        for (int t = 0; t < threads; t++) {
-          threadIdx.x = t;
+        left = false, round++;
+        for (int i = 0; i < threads; i++) {
+          const int t = threadIdx.x = round % 2 ? threads - 1 - i : i;
           if (!block->fibers[t].done) resume(block->fibers[t]), left |= !block->fibers[t].done;
         }
       }
@@ -166,6 +169,7 @@ inline unsigned acquire(const unsigned* at) {
   on_cpu::yield();
   return *at;
 }
+inline uint4 stream(const uint4* at, bool wanted) { return wanted ? *at : uint4{}; }
 inline void prefetch(const void* at) { (void)*(const volatile char*)at; }  // of what must be there
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __uint_as_float(unsigned bits) {

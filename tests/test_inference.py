@@ -312,8 +312,8 @@ def test_compiled_models_do_not_share_their_caches():
     assert isinstance(fast.new_cache(), PanelCache)
 
 
-def test_compiled_passes_are_for_the_cpu():
-    with pytest.raises(ValueError, match="choose graphs on a GPU"):
+def test_compiled_passes_are_for_two_kinds_of_machine():
+    with pytest.raises(ValueError, match="are for CPUs and CUDA, not for meta; choose eager"):
         ready(make_model().to("meta"), torch.float32, "compiled")
 
 

@@ -1,0 +1,254 @@
+"""Short passes on a GPU, each one launch of native.cu: a pass, a draft of several tokens, rows of probabilities, a
+decision. What `compiled.py` is for the CPU, on CUDA tensors. Nothing here waits for the device.
+"""
+
+import ctypes
+from ctypes import Structure, addressof, byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .model import KVCache, Transformer
+from .sampling import Randomness, Sampling, token_wise
+
+MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
+STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
+SOURCE = Path(__file__).with_name("native.cu")
+WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+ARGUMENTS = {
+    "run": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_double, c_void_p, c_void_p, c_void_p),
+    "probabilities": (c_void_p, c_int64, c_int, c_double, c_void_p),
+    "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p),
+}
+
+
+def compiled(weights: str, device: torch.device) -> bytes:
+    """native.cu for ``device``, in about four seconds."""
+    try:
+        nvrtc = ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
+    except OSError:  # where pip puts it
+        nvrtc = ctypes.CDLL(str(next(Path(torch.__file__).parents[1].glob("nvidia/**/libnvrtc.so.*"))))
+    program, size = c_void_p(), c_size_t()
+    nvrtc.nvrtcCreateProgram(byref(program), SOURCE.read_bytes(), b"native.cu", 0, None, None)
+    major, minor = torch.cuda.get_device_capability(device)
+    # the last: what multiplies and adds in one instruction says so itself, so that it does in any company
+    options = f"--gpu-architecture=sm_{major}{minor} -std=c++17 -DW={weights} -DTHREADS={THREADS} --fmad=false".split()
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*(o.encode() for o in options)))
+    what = "nvrtcGetProgramLog" if failed else "nvrtcGetCUBIN"
+    getattr(nvrtc, f"{what}Size")(program, byref(size))
+    out = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, what)(program, out)
+    nvrtc.nvrtcDestroyProgram(byref(program))
+    if failed:
+        raise RuntimeError(f"native.cu does not compile:\n{out.value.decode()}")
+    return out.raw
+
+
+class Kernels:
+    """The kernels of native.cu for one type of weights, loaded on ``device``."""
+
+    threads = THREADS
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # now there is a context to load them into
+            properties = torch.cuda.get_device_properties(device)
+            self.device, self.blocks = device, properties.multi_processor_count
+            self.most = properties.shared_memory_per_block_optin - STATIC  # bytes that a launch may ask for
+            self.driver, module, self.functions = ctypes.CDLL("libcuda.so.1"), c_void_p(), {}
+            self.check(self.driver.cuModuleLoadData(byref(module), compiled(WEIGHTS[dtype], device)))
+            for name in ARGUMENTS:
+                function = self.functions[name] = c_void_p()
+                self.check(self.driver.cuModuleGetFunction(byref(function), module, f"specdec_{name}".encode()))
+                self.check(self.driver.cuFuncSetAttribute(function, 8, self.most))  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+    def check(self, error: int) -> None:
+        if error:
+            text = c_char_p()
+            self.driver.cuGetErrorString(error, byref(text))
+            raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}.")
+
+    def launch(self, name: str, blocks: int, shared: int, arguments) -> None:
+        stream = c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        self.check(self.driver.cuLaunchKernel(
+            self.functions[name], blocks, 1, 1, self.threads, 1, 1, shared, stream, arguments, None
+        ))  # fmt: skip
+
+
+kernels = cache(Kernels)  # of a type and a device
+
+
+class Call:
+    """Arguments of a kernel, laid out once and filled in for each launch."""
+
+    def __init__(self, kernels: Kernels, name: str, *first: Structure):
+        self.kernels, self.name, self.first = kernels, name, first
+        self.values = [kind() for kind in ARGUMENTS[name]]
+        places = [addressof(x) for x in (*first, *self.values)]
+        self.places = (c_void_p * len(places))(*places)
+
+    def __call__(self, blocks: int, shared: int, *arguments) -> None:
+        for place, argument in zip(self.values, arguments, strict=True):
+            place.value = argument.data_ptr() if isinstance(argument, Tensor) else argument
+        self.kernels.launch(self.name, blocks, shared, self.places)
+
+
+@cache
+def call(name: str, device: torch.device) -> Call:
+    return Call(kernels(torch.float32, device), name)
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("attention_norm", "qkv", "out", "mlp_norm", "up", "down")]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in (
+            "n_layers", "n_heads", "n_kv_heads", "head_size", "width", "hidden", "n_ids", "n_offered", "n_choices",
+            "squared", "capacity",
+        )),
+        ("norm_eps", c_double),
+        *((name, c_void_p) for name in (
+            "embedding", "cos", "sin", "norm", "head", "offered", "x", "queries", "mixed", "inner", "logits", "next", "meeting",
+        )),
+        ("layers", _Layer * LAYERS),
+    ]  # fmt: skip
+
+
+class CudaModel:
+    """``model`` for decoding, called like the model itself. Any number of tokens is read as passes of at most 16 rows.
+
+    The logits of a token are the same bits whatever tokens are read with it. All work of a model is to be on one stream.
+    """
+
+    def __init__(self, model: Transformer):
+        config, C, F = model.config, model.config.width, 4 * model.config.width
+        if model.dtype not in WEIGHTS:
+            raise ValueError(f"CUDA passes do not know {model.dtype}; choose float32 or bfloat16.")
+        self.config, self.device, self.dtype, self.offered = config, model.device, model.dtype, model.offered
+        self.kernels = kernels(model.dtype, model.device)
+        self.n_offered = len(model.head.weight)
+        self.n_choices = min(self.n_offered, config.n_ids)
+        self.least = 4 * (config.head_size * (self.kernels.threads // 32 + 1) + config.context)  # bytes for attention
+        if C % 8 or config.n_layers > LAYERS or self.shared(MOST) > self.kernels.most:
+            raise ValueError(
+                f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 880 on an H100; "
+                f"{config.n_layers} of {C} were given: choose graphs."
+            )
+        self.kept: list[Tensor] = []  # what the pointers point to
+
+        def at(tensor: Tensor, dtype=torch.float32) -> int:
+            self.kept.append(tensor.detach().to(dtype).contiguous())
+            return self.kept[-1].data_ptr()
+
+        def weight(linear) -> int:
+            return at(linear.weight, model.dtype)
+
+        def room(n: int, dtype=torch.float32) -> int:
+            return at(torch.zeros(n, dtype=dtype, device=model.device), dtype)
+
+        layers = (
+            _Layer(at(b.attention_norm.weight), weight(b.attention.qkv), weight(b.attention.out), at(b.mlp_norm.weight),
+                   weight(b.mlp.up), weight(b.mlp.down))
+            for b in model.blocks
+        )  # fmt: skip
+        struct = _Model(
+            config.n_layers, config.n_heads, config.n_kv_heads, config.head_size, C, F, config.vocab_size, self.n_offered,
+            self.n_choices, config.activation == "relu2", config.context, config.norm_eps,
+            weight(model.embedding), at(model.cos), at(model.sin), at(model.norm.weight), weight(model.head),
+            None if model.offered is None else at(model.offered, torch.long),
+            room(MOST * C), room(MOST * C), room(MOST * C), room(MOST * F), room(self.n_offered), room(1, torch.long),
+            room(1, torch.int32), (_Layer * LAYERS)(*layers),
+        )  # fmt: skip
+        self.run = Call(self.kernels, "run", struct)
+
+    def shared(self, rows: int) -> int:
+        """Bytes of shared memory of a pass: its widest rows, of which 1, 2, 4 or 8 are multiplied at once."""
+        places = 1 << (rows - 1).bit_length()
+        return 512 + self.kernels.threads * 4 + max(self.least, places * 16 * self.config.width)
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config, 1, None, torch.float32, self.device)
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits (1, T, V) for ids (1, T), which continue the text in ``cache`` and are added to it."""
+        logits = torch.empty(1, ids.shape[1], self.n_offered, device=self.device)
+        self.read(ids, cache, logits[0])
+        return logits
+
+    def read(self, ids: Tensor, cache: KVCache, logits: Tensor | None = None) -> None:
+        """The same without the output layer, unless there is a place (T, V) for ``logits``."""
+        T, ids = ids.shape[1], self._long(ids)
+        if T == 0:
+            raise ValueError("there are no tokens to read; give at least one.")
+        start = cache.append(T)
+        for i in range(0, T, MOST):
+            rows, place = min(MOST, T - i), None if logits is None else logits[i:]
+            where = cache.k, cache.v, ids[i:], rows, start + i, place
+            self.run(self.kernels.blocks, self.shared(rows), *where, 0, 0, None, None, None)
+
+    def draw(
+        self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from. The last one is not read."""
+        if ids.shape[1] > MOST:  # a prompt
+            self.read(ids[:, :-1], cache)
+            ids = ids[:, -1:]
+        if sampling.filters:
+            return self.draw_filtered(ids, cache, sampling, randomness, n)
+        rows, ids = ids.shape[1], self._long(ids)
+        start = cache.append(rows + n - 1)
+        tokens = torch.empty(n, dtype=torch.long, device=self.device)
+        probs = torch.empty(n, self.n_choices, device=self.device)
+        self.run(
+            self.kernels.blocks, self.shared(rows), cache.k, cache.v, ids, rows, start, None, n, sampling.temperature,
+            randomness.uniforms(n), tokens, probs,
+        )  # fmt: skip
+        return tokens, probs
+
+    def draw_filtered(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int):
+        """`draw` step by step, because native.cu does not know the filters."""
+        tokens, rows = [], []
+        for _ in range(n):
+            probs = sampling.probs_or_nan(self(ids, cache)[0, -1, : self.n_choices])
+            tokens.append(randomness.choose(probs))
+            rows.append(probs)
+            token = tokens[-1].clamp(max=self.n_choices - 1)  # after a row of NaN, which the engine sees itself
+            ids = (token if self.offered is None else self.offered[token])[None]
+        return torch.cat(tokens), torch.stack(rows)
+
+    def _long(self, ids: Tensor) -> Tensor:
+        """ids (1, T) → (T,) on the device, as they lie in memory."""
+        return ids[0].to(self.device, torch.long, non_blocking=True).contiguous()
+
+
+@dataclass(frozen=True)
+class CudaSampling(Sampling):
+    """`Sampling` whose rows of a verifying pass are one launch."""
+
+    def probs(self, logits: Tensor, model: str = "model") -> Tensor:
+        if logits.dim() != 2 or self.filters or logits.dtype == torch.float64:
+            return self.probs_or_nan(logits)
+        logits = logits.float()
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        probs = torch.empty(logits.shape, device=logits.device)
+        launch, n = call("probabilities", logits.device), logits.shape[1]
+        launch(len(logits), 4096, logits, logits.stride(0), n, self.temperature, probs)
+        return probs
+
+
+def cuda_token_wise(
+    drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
+) -> tuple[Tensor, Tensor]:
+    """`token_wise` as one launch: the same tokens for the same random numbers."""
+    if not len(drafted) or not draft_probs.dtype == target_probs.dtype == torch.float32:
+        return token_wise(drafted, draft_probs, target_probs, randomness)
+    k, n = draft_probs.shape
+    rows = [x.contiguous() for x in (drafted, draft_probs, target_probs, randomness.uniforms(k + 1))]
+    decision = torch.empty(2, dtype=torch.long, device=drafted.device)
+    call("decide", drafted.device)(1, 4096, *rows, k, n, decision)
+    return decision[0], decision[1:]

@@ -1,0 +1,213 @@
+"""The kernels of native.cu against the plain Transformer and sampling.py: on a CPU by way of an emulator, and on a GPU if
+there is one."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, needs_compiler
+
+from specdec import cuda
+from specdec.cuda import MOST, CudaModel, CudaSampling, cuda_token_wise
+from specdec.inference import trimmed
+from specdec.sampling import Numbers, Randomness, Sampling, token_wise
+
+SOURCE = f"""#include "{cuda.SOURCE}"
+extern "C" void launch(const char* kernel, int blocks, int threads, int bytes, void** given) {{
+  {" ".join(f"KERNEL(specdec_{name})" for name in cuda.ARGUMENTS)}
+}}
+"""
+FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -w -DLEAST=1"
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """What stands for `cuda.kernels` where there is no GPU."""
+    folder, libraries = tmp_path_factory.mktemp("emulator"), {}
+    header = Path(__file__).with_name("cuda_on_cpu.h")
+
+    class Emulated:
+        threads, most = 64, 224 << 10
+
+        def __init__(self, dtype, device, blocks):
+            if dtype not in libraries:
+                path = folder / f"{cuda.WEIGHTS[dtype]}.so"
+                options = *FLAGS.split(), f"-DTHREADS={self.threads}", f"-DW={cuda.WEIGHTS[dtype]}", "-include", str(header)
+                compiler = shutil.which("g++") or shutil.which("c++")
+                subprocess.run([compiler, *options, "-", "-o", str(path)], input=SOURCE.encode(), check=True)
+                libraries[dtype] = ctypes.CDLL(str(path))
+            self.library, self.blocks = libraries[dtype], blocks
+
+        def launch(self, name, blocks, shared, arguments):
+            self.library.launch(f"specdec_{name}".encode(), blocks, self.threads, shared, arguments)
+
+    return Emulated
+
+
+BLOCKS = 3
+
+
+@pytest.fixture(params=[
+    pytest.param("cpu", marks=needs_compiler),
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+])  # fmt: skip
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        emulated = request.getfixturevalue("emulator")
+        monkeypatch.setattr(cuda, "kernels", lambda dtype, device: emulated(dtype, device, BLOCKS))
+        cuda.call.cache_clear()
+    yield torch.device(request.param)
+    cuda.call.cache_clear()
+
+
+def models(device, dtype=torch.bfloat16, **shape):
+    """A model in ``dtype`` with CUDA passes, and the same weights widened to float64."""
+    model = make_model(**{"context": 40, "scale": 3.0} | shape).to(device, dtype)
+    return CudaModel(model), model.double()
+
+
+def near(mine, theirs):
+    torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-4)
+
+
+SHAPES = [
+    {}, {"n_kv_heads": 2}, {"width": 24, "n_heads": 4, "n_kv_heads": 1, "vocab_size": 13, "n_ids": 9},
+    {"width": 40, "n_heads": 10, "n_kv_heads": 5, "vocab_size": 67}, {"activation": "relu2", "n_layers": 1, "vocab_size": 130},
+    {"width": 136, "n_heads": 1, "n_layers": 1},
+]  # fmt: skip
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_passes_are_the_same_passes(shape, dtype, device):
+    """Every number of rows, a prompt longer than a pass, up to the last row of the context, rolled back and read again;
+    whatever stands in the cache beyond the text."""
+    fast, model = models(device, dtype, **shape)
+    cache, other = model.new_cache(), fast.new_cache()
+    other.k.fill_(torch.nan), other.v.fill_(torch.nan)
+    ids = torch.randint(0, 5, (1, 40), generator=torch.Generator().manual_seed(2)).to(device)
+    for start, end in ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 24), (22, 40), (5, 12), (12, 28), (7, 13), (1, 11)):
+        cache.truncate(start), other.truncate(start)
+        near(fast(ids[:, start:end].int(), other), model(ids[:, start:end], cache))
+        assert cache.length == other.length == end
+        near(other.k[:, :, :, :end], cache.k[:, :, :, :end]), near(other.v[:, :, :, :end], cache.v[:, :, :, :end])
+    with pytest.raises(ValueError, match="the cache holds 40 tokens"):
+        fast(ids, other)
+    with pytest.raises(ValueError, match="give at least one"):
+        fast(ids[:, :0], other)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_a_row_has_the_same_bits_in_any_company(dtype, blocks, device, monkeypatch):
+    """With 8 blocks several warps share a product."""
+    monkeypatch.setattr(f"{__name__}.BLOCKS", blocks)
+    fast, model = models(device, dtype, width=32, n_heads=4, n_kv_heads=2, vocab_size=11)
+    ids = torch.randint(0, 5, (1, 30), generator=torch.Generator().manual_seed(2)).to(device)
+    alone, cache = fast.new_cache(), fast.new_cache()
+    logits = torch.cat([fast(ids[:, i : i + 1], alone) for i in range(30)], 1)
+    near(logits, model(ids))
+    for rows in range(1, MOST + 1):
+        cache.truncate(7 if rows > 1 else 0)
+        start = cache.length
+        assert torch.equal(fast(ids[:, start : start + rows + 7 * (rows == 1)], cache), logits[:, start : cache.length])
+        assert torch.equal(cache.k[:, :, :, : cache.length], alone.k[:, :, :, : cache.length])
+    cache.truncate(0)
+    assert torch.equal(fast(ids, cache), logits)
+
+
+SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7), Sampling(1e-40), Sampling(0.7, top_k=4, top_p=0.9)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("offered", [None, [0, 2, 3, 7, 8, 11]], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_cuda_drafts_are_the_same_drafts(sampling, offered, device):
+    """After a prompt, one token, several; tokens are fed back as ids of the whole vocabulary."""
+    model = make_model(context=40, vocab_size=90, n_ids=70).to(device, torch.float32)
+    model = model if offered is None else trimmed(model, torch.tensor(offered, device=device))
+    fast, model = CudaModel(model), model.double()
+    cache, other = model.new_cache(), fast.new_cache()
+    for seed, (rows, n) in enumerate(((20, 3), (1, 1), (1, 4), (2, 5), (3, 1))):
+        ids = torch.randint(0, 5, (1, rows), generator=torch.Generator().manual_seed(rows)).to(device)
+        numbers = Randomness(seed, device).uniforms(n)
+        tokens, probs = fast.draw(ids, other, sampling, Numbers(numbers), n)
+        assert tokens.shape == (n,) and probs.shape == (n, 70 if offered is None else 6)
+        assert other.length == cache.length + rows + n - 1
+        chance = Numbers(numbers)
+        for token, row in zip(tokens, probs):
+            theirs = sampling.probs_or_nan(model(ids, cache)[0, -1, : probs.shape[1]])
+            near(row, theirs)
+            assert token == chance.choose(theirs)
+            ids = (token if offered is None else model.offered[token])[None, None]
+        cut = cache.length - n % 2
+        cache.truncate(cut), other.truncate(cut)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_row_that_is_not_finite_draws_no_token(sampling, value, device):
+    model = make_model().to(device, torch.float32)
+    model.head.weight.data[0, 0] = value
+    fast = CudaModel(model)
+    tokens, probs = fast.draw(torch.tensor([[1, 2]], device=device), fast.new_cache(), sampling, Randomness(0, device), 3)
+    assert tokens.tolist() == [5, 5, 5] and probs.isnan().all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_cuda_sampling_is_the_same_sampling(sampling, device):
+    fast = CudaSampling(**vars(sampling))
+    wide = 4 * torch.randn(6, 801, generator=torch.Generator().manual_seed(0)).to(device)
+    wide[3, [500, 52, 20, 700]] = 30  # the first of the greatest
+    for rows in (wide, wide[:1], wide[:, :5], wide[:, :600].bfloat16(), wide[0], wide.t()[:9], wide[None]):
+        near(fast.probs(rows), sampling.probs_or_nan(rows))
+    wide[1, 3], wide[2, 700] = torch.nan, -torch.inf
+    assert fast.probs(wide).isnan().all(-1).tolist() == [False, True, True, False, False, False]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("n", [5, 300])
+def test_a_cuda_rule_decides_the_same(n, device):
+    """Refusals at every position, full acceptance, a draft equal to the target, one-hot rows, a row of NaN."""
+    generator, seen = torch.Generator().manual_seed(1), set()
+    for k in (0, 1, 2, 3, 4, 6, 7, 8, 5, 5, 5):
+        p, q = (torch.randn(m, n, generator=generator).softmax(-1) for m in (k + 1, k))
+        one = torch.nn.functional.one_hot(torch.randint(0, n, (k + 1,), generator=generator), n).float()
+        drafted = torch.randint(0, n, (k,), generator=generator)
+        near_p = (p[:k] + 0.1 * q) / 1.1
+        broken = p.index_fill(0, torch.tensor([k // 2]), torch.nan)
+        for rows in ((q, p), (near_p, p), (p[:k], p), (one[:k], p), (q, one), (q, broken)):
+            drafts = rows[0].argmax(-1) if rows[0] is not q else drafted
+            for seed in range(4):
+                numbers = Randomness(seed).uniforms(k + 1)
+                theirs = [int(x) for x in token_wise(drafts, *rows, Numbers(numbers))]
+                given = [x.to(device) for x in (drafts, *rows)]
+                mine = cuda_token_wise(*given, Numbers(numbers.to(device)))
+                assert [int(x) for x in mine] == theirs and mine[1].shape == (1,)
+                seen.add((k, theirs[0]))
+    assert len({accepted for k, accepted in seen if k == 5}) > 3
+
+
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 1 - 2**-53])
+def test_what_has_no_probability_is_never_chosen(number, device):
+    p = torch.zeros(2, 300, device=device)
+    p[:, [70, 71, 200, 201]] = 0.25
+    q = torch.nn.functional.one_hot(torch.tensor([70]), 300).float().to(device)
+    numbers = torch.tensor([0.9, number], dtype=torch.float64, device=device)  # the draft is refused
+    theirs, mine = (rule(torch.tensor([70], device=device), q, p, Numbers(numbers)) for rule in (token_wise, cuda_token_wise))
+    assert [x.tolist() for x in mine] == [x.tolist() for x in theirs] and int(mine[1]) in (71, 200, 201)
+
+
+def test_models_that_cuda_passes_do_not_know(device):
+    with pytest.raises(ValueError, match="choose float32 or bfloat16"):
+        CudaModel(make_model().to(device))
+    for shape in ({"width": 20, "n_heads": 2}, {"width": 1024}, {"n_layers": 65}):
+        with pytest.raises(ValueError, match="choose graphs"):
+            CudaModel(make_model(**shape).to(device, torch.float32))
