@@ -3,7 +3,7 @@ decision. What `compiled.py` is for the CPU, on CUDA tensors. Nothing here waits
 """
 
 import ctypes
-from ctypes import Structure, addressof, byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,8 @@ from .model import KVCache, Transformer
 from .sampling import Randomness, Sampling, token_wise
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
+CLUSTER = 16  # blocks that meet in hardware, a third of the time that all blocks need: worth it for models whose layers
+SMALL = 16 << 20  # have at most so many bytes, output layer included
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
 SOURCE = Path(__file__).with_name("native.cu")
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
@@ -25,8 +27,8 @@ ARGUMENTS = {
 }
 
 
-def compiled(weights: str, device: torch.device) -> bytes:
-    """native.cu for ``device``, in about four seconds."""
+def compiled(weights: str, device: torch.device, shared: int) -> bytes:
+    """native.cu for ``device``, whose launches ask for ``shared`` bytes, in about four seconds."""
     try:
         nvrtc = ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
     except OSError:  # where pip puts it
@@ -35,7 +37,8 @@ def compiled(weights: str, device: torch.device) -> bytes:
     nvrtc.nvrtcCreateProgram(byref(program), SOURCE.read_bytes(), b"native.cu", 0, None, None)
     major, minor = torch.cuda.get_device_capability(device)
     # the last: what multiplies and adds in one instruction says so itself, so that it does in any company
-    options = f"--gpu-architecture=sm_{major}{minor} -std=c++17 -DW={weights} -DTHREADS={THREADS} --fmad=false".split()
+    options = f"-DW={weights} -DTHREADS={THREADS} -DSHARED={shared} --gpu-architecture=sm_{major}{minor} -std=c++17 --fmad=false"
+    options = options.split()
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*(o.encode() for o in options)))
     what = "nvrtcGetProgramLog" if failed else "nvrtcGetCUBIN"
     getattr(nvrtc, f"{what}Size")(program, byref(size))
@@ -45,6 +48,15 @@ def compiled(weights: str, device: torch.device) -> bytes:
     if failed:
         raise RuntimeError(f"native.cu does not compile:\n{out.value.decode()}")
     return out.raw
+
+
+class _Attribute(Structure):
+    _fields_ = [("id", c_int), ("unused", c_int), ("value", c_uint * 16)]
+
+
+class _Launch(Structure):
+    _fields_ = [("grid", c_uint * 3), ("block", c_uint * 3), ("shared", c_uint), ("stream", c_void_p),
+                ("attributes", POINTER(_Attribute)), ("n_attributes", c_uint)]  # fmt: skip
 
 
 class Kernels:
@@ -59,11 +71,15 @@ class Kernels:
             self.device, self.blocks = device, properties.multi_processor_count
             self.most = properties.shared_memory_per_block_optin - STATIC  # bytes that a launch may ask for
             self.driver, module, self.functions = ctypes.CDLL("libcuda.so.1"), c_void_p(), {}
-            self.check(self.driver.cuModuleLoadData(byref(module), compiled(WEIGHTS[dtype], device)))
+            self.check(self.driver.cuModuleLoadData(byref(module), compiled(WEIGHTS[dtype], device, self.most)))
             for name in ARGUMENTS:
                 function = self.functions[name] = c_void_p()
                 self.check(self.driver.cuModuleGetFunction(byref(function), module, f"specdec_{name}".encode()))
                 self.check(self.driver.cuFuncSetAttribute(function, 8, self.most))  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+                self.check(self.driver.cuFuncSetAttribute(function, 14, 1))  # NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            self.cluster = CLUSTER if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0)) else 1
+            self.attribute = _Attribute(4, 0, (c_uint * 16)(self.cluster, 1, 1))  # CLUSTER_DIMENSION
 
     def check(self, error: int) -> None:
         if error:
@@ -71,11 +87,12 @@ class Kernels:
             self.driver.cuGetErrorString(error, byref(text))
             raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}.")
 
-    def launch(self, name: str, blocks: int, shared: int, arguments) -> None:
-        stream = c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        self.check(self.driver.cuLaunchKernel(
-            self.functions[name], blocks, 1, 1, self.threads, 1, 1, shared, stream, arguments, None
-        ))  # fmt: skip
+    def launch(self, name: str, blocks: int, clustered: bool, arguments) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        config = _Launch(
+            (blocks, 1, 1), (self.threads, 1, 1), self.most, stream, ctypes.pointer(self.attribute), int(clustered)
+        )  # fmt: skip
+        self.check(self.driver.cuLaunchKernelEx(byref(config), self.functions[name], arguments, None))
 
 
 kernels = cache(Kernels)  # of a type and a device
@@ -90,10 +107,10 @@ class Call:
         places = [addressof(x) for x in (*first, *self.values)]
         self.places = (c_void_p * len(places))(*places)
 
-    def __call__(self, blocks: int, shared: int, *arguments) -> None:
+    def __call__(self, blocks: int, *arguments, clustered: bool = False) -> None:
         for place, argument in zip(self.values, arguments, strict=True):
             place.value = argument.data_ptr() if isinstance(argument, Tensor) else argument
-        self.kernels.launch(self.name, blocks, shared, self.places)
+        self.kernels.launch(self.name, blocks, clustered, self.places)
 
 
 @cache
@@ -133,12 +150,15 @@ class CudaModel:
         self.kernels = kernels(model.dtype, model.device)
         self.n_offered = len(model.head.weight)
         self.n_choices = min(self.n_offered, config.n_ids)
-        self.least = 4 * (config.head_size * (self.kernels.threads // 32 + 1) + config.context)  # bytes for attention
-        if C % 8 or config.n_layers > LAYERS or self.shared(MOST) > self.kernels.most:
+        room = max(4 * (config.head_size * (self.kernels.threads // 32 + 1) + config.context), 16 * MOST * C)
+        if C % 8 or config.n_layers > LAYERS or 512 + 4 * self.kernels.threads + room > self.kernels.most:
             raise ValueError(
                 f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 880 on an H100; "
                 f"{config.n_layers} of {C} were given: choose graphs."
             )
+        read = sum(w.nbytes for w in model.parameters()) - model.embedding.weight.nbytes
+        self.clustered = self.kernels.cluster > 1 and read <= SMALL * config.n_layers
+        self.blocks = self.kernels.cluster if self.clustered else self.kernels.blocks
         self.kept: list[Tensor] = []  # what the pointers point to
 
         def at(tensor: Tensor, dtype=torch.float32) -> int:
@@ -166,11 +186,6 @@ class CudaModel:
         )  # fmt: skip
         self.run = Call(self.kernels, "run", struct)
 
-    def shared(self, rows: int) -> int:
-        """Bytes of shared memory of a pass: its widest rows, of which 1, 2, 4 or 8 are multiplied at once."""
-        places = 1 << (rows - 1).bit_length()
-        return 512 + self.kernels.threads * 4 + max(self.least, places * 16 * self.config.width)
-
     def new_cache(self) -> KVCache:
         return KVCache(self.config, 1, None, torch.float32, self.device)
 
@@ -189,7 +204,7 @@ class CudaModel:
         for i in range(0, T, MOST):
             rows, place = min(MOST, T - i), None if logits is None else logits[i:]
             where = cache.k, cache.v, ids[i:], rows, start + i, place
-            self.run(self.kernels.blocks, self.shared(rows), *where, 0, 0, None, None, None)
+            self.run(self.blocks, *where, 0, 0, None, None, None, clustered=self.clustered)
 
     def draw(
         self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int = 1
@@ -205,8 +220,8 @@ class CudaModel:
         tokens = torch.empty(n, dtype=torch.long, device=self.device)
         probs = torch.empty(n, self.n_choices, device=self.device)
         self.run(
-            self.kernels.blocks, self.shared(rows), cache.k, cache.v, ids, rows, start, None, n, sampling.temperature,
-            randomness.uniforms(n), tokens, probs,
+            self.blocks, cache.k, cache.v, ids, rows, start, None, n, sampling.temperature, randomness.uniforms(n), tokens,
+            probs, clustered=self.clustered,
         )  # fmt: skip
         return tokens, probs
 
@@ -237,7 +252,7 @@ class CudaSampling(Sampling):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         probs = torch.empty(logits.shape, device=logits.device)
         launch, n = call("probabilities", logits.device), logits.shape[1]
-        launch(len(logits), 4096, logits, logits.stride(0), n, self.temperature, probs)
+        launch(len(logits), logits, logits.stride(0), n, self.temperature, probs)
         return probs
 
 
@@ -250,5 +265,5 @@ def cuda_token_wise(
     k, n = draft_probs.shape
     rows = [x.contiguous() for x in (drafted, draft_probs, target_probs, randomness.uniforms(k + 1))]
     decision = torch.empty(2, dtype=torch.long, device=drafted.device)
-    call("decide", drafted.device)(1, 4096, *rows, k, n, decision)
+    call("decide", drafted.device)(1, *rows, k, n, decision)
     return decision[0], decision[1:]

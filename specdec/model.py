@@ -99,7 +99,7 @@ class Attention(nn.Module):
             k, v = keys[:, :, :end], values[:, :, :end]
             # the queries that share a key-value head become rows of one product: nothing is copied, and for one
             # token it is several times faster than the library's own grouping
-            y = self.attend(q.reshape(B, K, H // K * T, D), k, v, attn_mask=mask).view(B, H, T, D)
+            y = self.attend(q.reshape(B, K, H // K * T, D), k, v, attn_mask=mask).reshape(B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -13,6 +13,9 @@
 #ifndef THREADS
 #define THREADS 512  // of a block
 #endif
+#ifndef SHARED
+#define SHARED (224 << 10)  // bytes of shared memory that a launch asks for, always as many: to divide it anew takes time
+#endif
 #ifndef LEAST
 #define LEAST 16  // pieces of 8 weights, of the part of a row of weights that a warp multiplies
 #endif
@@ -70,11 +73,24 @@ __device__ int warp() { return threadIdx.x / 32; }
 __device__ int smaller(int a, int b) { return a < b ? a : b; }
 
 #ifdef __CUDA_ARCH__
+// what other threads read after they have acquired the sum, or after the cluster has met, was written before
+__device__ unsigned release(unsigned* at, unsigned more) {
+  unsigned before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(more) : "memory");
+  return before;
+}
 __device__ unsigned acquire(const unsigned* at) {
   unsigned value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
+__device__ bool clustered() {
+  unsigned blocks;
+  asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(blocks));
+  return blocks > 1;
+}
+__device__ void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // zeros unless `wanted`, without a branch: behind one, loads would not be under way together
 __device__ uint4 stream(const uint4* at, bool wanted) {
   uint4 v;
@@ -94,21 +110,20 @@ __device__ void ahead(const W* weights, int64 n) {
     prefetch((const char*)weights + i * 128);
 }
 
-// All blocks wait for each other, and meanwhile do `work`. The highest bit of the count changes when all are there, which
-// needs no reset.
+// All blocks wait for each other, and meanwhile do `work`. Those of one cluster have a barrier in hardware. Others count in
+// memory: the highest bit changes when all are there, which needs no reset.
 template <typename Work>
 __device__ void meet(Work work) {
+  if (clustered()) {
+    arrive(), work(), wait();
+    return;
+  }
   unsigned before = 0;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    before = atomicAdd(m.meeting, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
-  }
+  if (threadIdx.x == 0) before = release(m.meeting, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
   work();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0)
     while (((before ^ acquire(m.meeting)) >> 31) == 0) {}
-    __threadfence();
-  }
   __syncthreads();
 }
 
@@ -413,27 +428,37 @@ __device__ void each(int n, Load load, Work work) {
   }
 }
 
-// logits (n) → probabilities, as sampling.Sampling without filters, by one block; a row that is not finite becomes NaN
-__device__ void probabilities(const float* logits, int n, double temperature, float* probs) {
-  auto load = [=](int i) { return __ldcg(logits + i); };
+// n numbers of a block's own in shared memory, or if that is too small `elsewhere`
+__device__ float* nearby(int n, float* elsewhere) {
+  return n <= (int)(SHARED - ((char*)rest() - (char*)memory)) / 4 ? (float*)rest() : elsewhere;
+}
+
+// logits (n) → probabilities, as sampling.Sampling without filters, by one block; a row that is not finite becomes NaN.
+// Returns where the block finds them soonest.
+__device__ const float* probabilities(const float* logits, int n, double temperature, float* probs) {
+  float* row = nearby(n, probs);
+  auto near = [=](int i) { return row[i]; };  // of `each`, what the same thread put there
+  auto put = [=](int i, float v) { row[i] = v, probs[i] = v; };
   const float divisor = temperature > 1.17549435e-38 ? (float)temperature : 1.17549435e-38f;
   float highest = LOWEST, total = 0;
-  each(n, load, [&](int, float v) { highest = fmaxf(highest, v), total += v; });
+  __syncthreads();
+  each(n, [=](int i) { return __ldcg(logits + i); }, [&](int i, float v) { row[i] = v, highest = fmaxf(highest, v), total += v; });
   highest = most(highest), total = sum(total);
   if (!isfinite(total)) {
-    each(n, load, [=](int i, float) { probs[i] = total - total; });  // a NaN either way
+    each(n, near, [=](int i, float) { put(i, total - total); });  // a NaN either way
   } else if (temperature == 0) {
     int at = n;
-    each(n, load, [&](int i, float v) { if (v == highest) at = smaller(at, i); });
+    each(n, near, [&](int i, float v) { if (v == highest) at = smaller(at, i); });
     at = first(at);
-    each(n, load, [=](int i, float) { probs[i] = i == at; });
+    each(n, near, [=](int i, float) { put(i, i == at); });
   } else {
     total = 0;
-    each(n, load, [&](int i, float v) { total += probs[i] = expf((v - highest) / divisor); });
+    each(n, near, [&](int i, float v) { total += row[i] = expf((v - highest) / divisor); });
     const float scale = 1 / sum(total);
-    each(n, [=](int i) { return probs[i]; }, [=](int i, float v) { probs[i] = v * scale; });  // each thread its own
+    each(n, near, [=](int i, float v) { put(i, v * scale); });
   }
   __syncthreads();
+  return row;
 }
 
 // One index out of n probabilities, or what is proportional to them, for a uniform number, by inversion in float64, as
@@ -501,8 +526,7 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
     meet([] {});
     const int n_choices = m.n_choices;
     if (blockIdx.x == 0) {
-      float* row = probs + (int64)i * n_choices;
-      probabilities(m.logits, n_choices, temperature, row);
+      const float* row = probabilities(m.logits, n_choices, temperature, probs + (int64)i * n_choices);
       const int token = choose([=](int j) { return row[j]; }, n_choices, numbers[i]);
       const int known = smaller(token, n_choices - 1);  // after a row of NaN, which the engine sees itself
       if (threadIdx.x == 0) tokens[i] = token, *m.next = m.offered ? m.offered[known] : known;
@@ -530,10 +554,14 @@ specdec_decide(const int64* drafted, const float* q, const float* p, const doubl
   bool covered = true;  // nothing of p is left
   int following = n;
   if (accepted < k) {
+    float* row = nearby(n, nullptr);
     auto left = [=](int i) { const float v = __ldg(p + i) - __ldg(q + i); return v < 0 ? 0.f : v; };  // a NaN stays one
-    each(n, left, [&](int, float v) { covered = covered && v == 0; });
+    each(n, left, [&](int i, float v) {
+      covered = covered && v == 0;
+      if (row) row[i] = v;
+    });
     covered = !__syncthreads_or(!covered);
-    if (!covered) following = choose(left, n, number);
+    if (!covered) following = choose([=](int i) { return row ? row[i] : left(i); }, n, number);
   }
   if (covered) following = choose([=](int i) { return __ldg(p + i); }, n, number);
   if (threadIdx.x == 0) decision[0] = accepted, decision[1] = following;

@@ -15,6 +15,7 @@ from specdec.cuda import MOST, CudaModel, CudaSampling, cuda_token_wise
 from specdec.inference import trimmed
 from specdec.sampling import Numbers, Randomness, Sampling, token_wise
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SOURCE = f"""#include "{cuda.SOURCE}"
 extern "C" void launch(const char* kernel, int blocks, int threads, int bytes, void** given) {{
   {" ".join(f"KERNEL(specdec_{name})" for name in cuda.ARGUMENTS)}
@@ -30,36 +31,40 @@ def emulator(tmp_path_factory):
     header = Path(__file__).with_name("cuda_on_cpu.h")
 
     class Emulated:
-        threads, most = 64, 224 << 10
+        threads, cluster = 64, 1
 
-        def __init__(self, dtype, device, blocks):
-            if dtype not in libraries:
-                path = folder / f"{cuda.WEIGHTS[dtype]}.so"
-                options = *FLAGS.split(), f"-DTHREADS={self.threads}", f"-DW={cuda.WEIGHTS[dtype]}", "-include", str(header)
+        def __init__(self, dtype, device, blocks, most):
+            if (dtype, most) not in libraries:
+                path = folder / f"{cuda.WEIGHTS[dtype]}-{most}.so"
+                options = *FLAGS.split(), f"-DTHREADS={self.threads}", f"-DW={cuda.WEIGHTS[dtype]}", f"-DSHARED={most}"
+                options += "-include", str(header)
                 compiler = shutil.which("g++") or shutil.which("c++")
                 subprocess.run([compiler, *options, "-", "-o", str(path)], input=SOURCE.encode(), check=True)
-                libraries[dtype] = ctypes.CDLL(str(path))
-            self.library, self.blocks = libraries[dtype], blocks
+                libraries[dtype, most] = ctypes.CDLL(str(path))
+            self.library, self.blocks, self.most = libraries[dtype, most], blocks, most
 
-        def launch(self, name, blocks, shared, arguments):
-            self.library.launch(f"specdec_{name}".encode(), blocks, self.threads, shared, arguments)
+        def launch(self, name, blocks, clustered, arguments):
+            self.library.launch(f"specdec_{name}".encode(), blocks, self.threads, self.most, arguments)
 
     return Emulated
 
 
-BLOCKS = 3
+BLOCKS, MOST_SHARED = 3, 224 << 10
 
 
 @pytest.fixture(params=[
     pytest.param("cpu", marks=needs_compiler),
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    pytest.param("cuda", marks=needs_gpu),
+    pytest.param("cuda without clusters", marks=needs_gpu),
 ])  # fmt: skip
 def device(request, monkeypatch):
+    if "without" in request.param:
+        monkeypatch.setattr(cuda, "SMALL", 0)
     if request.param == "cpu":
         emulated = request.getfixturevalue("emulator")
-        monkeypatch.setattr(cuda, "kernels", lambda dtype, device: emulated(dtype, device, BLOCKS))
+        monkeypatch.setattr(cuda, "kernels", lambda dtype, device: emulated(dtype, device, BLOCKS, MOST_SHARED))
         cuda.call.cache_clear()
-    yield torch.device(request.param)
+    yield torch.device(request.param.split()[0])
     cuda.call.cache_clear()
 
 
@@ -162,7 +167,10 @@ def test_a_row_that_is_not_finite_draws_no_token(sampling, value, device):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_cuda_sampling_is_the_same_sampling(sampling, device):
+@pytest.mark.parametrize("shared", [224 << 10, 2048])
+def test_cuda_sampling_is_the_same_sampling(sampling, shared, device, monkeypatch):
+    """Of rows that fit into shared memory, and of rows that do not."""
+    monkeypatch.setattr(f"{__name__}.MOST_SHARED", shared)
     fast = CudaSampling(**vars(sampling))
     wide = 4 * torch.randn(6, 801, generator=torch.Generator().manual_seed(0)).to(device)
     wide[3, [500, 52, 20, 700]] = 30  # the first of the greatest
@@ -173,9 +181,10 @@ def test_cuda_sampling_is_the_same_sampling(sampling, device):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("n", [5, 300])
-def test_a_cuda_rule_decides_the_same(n, device):
+@pytest.mark.parametrize("n, shared", [(5, 224 << 10), (300, 224 << 10), (300, 1024)])
+def test_a_cuda_rule_decides_the_same(n, shared, device, monkeypatch):
     """Refusals at every position, full acceptance, a draft equal to the target, one-hot rows, a row of NaN."""
+    monkeypatch.setattr(f"{__name__}.MOST_SHARED", shared)
     generator, seen = torch.Generator().manual_seed(1), set()
     for k in (0, 1, 2, 3, 4, 6, 7, 8, 5, 5, 5):
         p, q = (torch.randn(m, n, generator=generator).softmax(-1) for m in (k + 1, k))
