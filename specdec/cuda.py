@@ -16,7 +16,7 @@ from .sampling import Randomness, Sampling, token_wise
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
 CLUSTER = 16  # blocks that meet in hardware, a third of the time that all blocks need: worth it for models whose layers
-SMALL = 16 << 20  # have at most so many bytes, output layer included
+SMALL = 0  # have at most so many bytes, output layer included
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
 SOURCE = Path(__file__).with_name("native.cu")
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16"}

@@ -44,7 +44,7 @@ constexpr long ROWS = 12;  // rows of one go: there are 32 registers
 constexpr long ROWS = 6;  // 16
 #endif
 constexpr long MOST = 32;  // rows in all
-constexpr long BLOCK = 64, AHEAD = 64;  // columns of a block, and how far ahead weights are asked for
+constexpr long BLOCK = 64, AHEAD = 4096;  // columns of a block, and bytes: how far ahead weights are asked for
 
 // an array of sums is kept in registers only if no loop over it is left
 #define UNROLL _Pragma("GCC unroll 32")
@@ -127,7 +127,8 @@ void add(const Factor<W, T>* x, long stride, const W* panels, long apart, long n
     const W* at[P];
     UNROLL for (int p = 0; p < P; p++) {
       at[p] = panels + p * apart + c * LANES;
-      if (P < 4) __builtin_prefetch(at[p] + AHEAD * LANES);  // of four places the processor does so itself
+      // each line once, into the second cache: the nearest one has too few places for all that must be under way
+      if (c * LANES * sizeof(W) % 64 == 0) __builtin_prefetch((const char*)at[p] + AHEAD, 0, 2);
     }
 #ifdef __AVX512BF16__
     if constexpr (paired<W>) {
