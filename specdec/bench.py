@@ -321,12 +321,14 @@ def split_prompts(data: TokenData, config: BenchConfig) -> tuple[list[list[int]]
 
 
 def run(
-    target: Transformer, drafters: dict[str, Drafter], alone: dict[str, Transformer], data: TokenData, config: BenchConfig
-) -> Benchmark:
+    target: Transformer, drafters: dict[str, Drafter], alone: dict[str, Transformer], data: TokenData, config: BenchConfig,
+    after: Callable[[Benchmark], object] = lambda result: None,
+) -> Benchmark:  # fmt: skip
     """A, B and C with every drafter, temperature and k on held-out prompts; then the best k of each on fresh ones.
 
     The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from costs measured in
-    turns with the prompts of the sweep, and from the acceptance by position of all its rounds.
+    turns with the prompts of the sweep, and from the acceptance by position of all its rounds. ``after`` each temperature
+    is told what there is so far.
     """
     sweep, final = split_prompts(data, config)
     out, k_max, device = Benchmark(), max(config.ks), target.device
@@ -379,8 +381,9 @@ def run(
         out.aa[tag] = speed_ratio(again, "A again", "A")
         for part, measured in (("sweep", rows), ("final", again)):
             out.rows += [{"temperature": temperature, "part": part} | r for r in measured]
-    speculative = [line for line in out.cells if "predicted" in line]
-    out.r2 = r_squared([c["speedup"] for c in speculative], [c["predicted"] for c in speculative])
+        speculative = [line for line in out.cells if "predicted" in line]
+        out.r2 = r_squared([c["speedup"] for c in speculative], [c["predicted"] for c in speculative])
+        after(out)
     return out
 
 

@@ -3,7 +3,7 @@ decision. What `compiled.py` is for the CPU, on CUDA tensors. Nothing here waits
 """
 
 import ctypes
-from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint, c_void_p
+from ctypes import Structure, addressof, byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,6 @@ from .model import KVCache, Transformer
 from .sampling import Randomness, Sampling, token_wise
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
-CLUSTER = 16  # blocks that meet in hardware, a third of the time that all blocks need: worth it for models whose layers
-SMALL = 0  # have at most so many bytes, output layer included
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
 SOURCE = Path(__file__).with_name("native.cu")
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
@@ -50,15 +48,6 @@ def compiled(weights: str, device: torch.device, shared: int) -> bytes:
     return out.raw
 
 
-class _Attribute(Structure):
-    _fields_ = [("id", c_int), ("unused", c_int), ("value", c_uint * 16)]
-
-
-class _Launch(Structure):
-    _fields_ = [("grid", c_uint * 3), ("block", c_uint * 3), ("shared", c_uint), ("stream", c_void_p),
-                ("attributes", POINTER(_Attribute)), ("n_attributes", c_uint)]  # fmt: skip
-
-
 class Kernels:
     """The kernels of native.cu for one type of weights, loaded on ``device``."""
 
@@ -77,9 +66,6 @@ class Kernels:
                 self.check(self.driver.cuModuleGetFunction(byref(function), module, f"specdec_{name}".encode()))
                 self.check(self.driver.cuFuncSetAttribute(function, 8, self.most))  # MAX_DYNAMIC_SHARED_SIZE_BYTES
 
-                self.check(self.driver.cuFuncSetAttribute(function, 14, 1))  # NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            self.cluster = CLUSTER if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0)) else 1
-            self.attribute = _Attribute(4, 0, (c_uint * 16)(self.cluster, 1, 1))  # CLUSTER_DIMENSION
 
     def check(self, error: int) -> None:
         if error:
@@ -87,12 +73,11 @@ class Kernels:
             self.driver.cuGetErrorString(error, byref(text))
             raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}.")
 
-    def launch(self, name: str, blocks: int, clustered: bool, arguments) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        config = _Launch(
-            (blocks, 1, 1), (self.threads, 1, 1), self.most, stream, ctypes.pointer(self.attribute), int(clustered)
-        )  # fmt: skip
-        self.check(self.driver.cuLaunchKernelEx(byref(config), self.functions[name], arguments, None))
+    def launch(self, name: str, blocks: int, arguments) -> None:
+        stream = c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        self.check(self.driver.cuLaunchKernel(
+            self.functions[name], blocks, 1, 1, self.threads, 1, 1, self.most, stream, arguments, None
+        ))  # fmt: skip
 
 
 kernels = cache(Kernels)  # of a type and a device
@@ -107,10 +92,10 @@ class Call:
         places = [addressof(x) for x in (*first, *self.values)]
         self.places = (c_void_p * len(places))(*places)
 
-    def __call__(self, blocks: int, *arguments, clustered: bool = False) -> None:
+    def __call__(self, blocks: int, *arguments) -> None:
         for place, argument in zip(self.values, arguments, strict=True):
             place.value = argument.data_ptr() if isinstance(argument, Tensor) else argument
-        self.kernels.launch(self.name, blocks, clustered, self.places)
+        self.kernels.launch(self.name, blocks, self.places)
 
 
 @cache
@@ -156,9 +141,6 @@ class CudaModel:
                 f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 880 on an H100; "
                 f"{config.n_layers} of {C} were given: choose graphs."
             )
-        read = sum(w.nbytes for w in model.parameters()) - model.embedding.weight.nbytes
-        self.clustered = self.kernels.cluster > 1 and read <= SMALL * config.n_layers
-        self.blocks = self.kernels.cluster if self.clustered else self.kernels.blocks
         self.kept: list[Tensor] = []  # what the pointers point to
 
         def at(tensor: Tensor, dtype=torch.float32) -> int:
@@ -204,7 +186,7 @@ class CudaModel:
         for i in range(0, T, MOST):
             rows, place = min(MOST, T - i), None if logits is None else logits[i:]
             where = cache.k, cache.v, ids[i:], rows, start + i, place
-            self.run(self.blocks, *where, 0, 0, None, None, None, clustered=self.clustered)
+            self.run(self.kernels.blocks, *where, 0, 0, None, None, None)
 
     def draw(
         self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int = 1
@@ -220,8 +202,8 @@ class CudaModel:
         tokens = torch.empty(n, dtype=torch.long, device=self.device)
         probs = torch.empty(n, self.n_choices, device=self.device)
         self.run(
-            self.blocks, cache.k, cache.v, ids, rows, start, None, n, sampling.temperature, randomness.uniforms(n), tokens,
-            probs, clustered=self.clustered,
+            self.kernels.blocks, cache.k, cache.v, ids, rows, start, None, n, sampling.temperature, randomness.uniforms(n),
+            tokens, probs,
         )  # fmt: skip
         return tokens, probs
 

@@ -73,7 +73,7 @@ __device__ int warp() { return threadIdx.x / 32; }
 __device__ int smaller(int a, int b) { return a < b ? a : b; }
 
 #ifdef __CUDA_ARCH__
-// what other threads read after they have acquired the sum, or after the cluster has met, was written before
+// what other threads read after they have acquired the sum was written before
 __device__ unsigned release(unsigned* at, unsigned more) {
   unsigned before;
   asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(more) : "memory");
@@ -84,13 +84,6 @@ __device__ unsigned acquire(const unsigned* at) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
-__device__ bool clustered() {
-  unsigned blocks;
-  asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(blocks));
-  return blocks > 1;
-}
-__device__ void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // zeros unless `wanted`, without a branch: behind one, loads would not be under way together
 __device__ uint4 stream(const uint4* at, bool wanted) {
   uint4 v;
@@ -110,14 +103,10 @@ __device__ void ahead(const W* weights, int64 n) {
     prefetch((const char*)weights + i * 128);
 }
 
-// All blocks wait for each other, and meanwhile do `work`. Those of one cluster have a barrier in hardware. Others count in
-// memory: the highest bit changes when all are there, which needs no reset.
+// All blocks wait for each other, and meanwhile do `work`. The highest bit of the count changes when all are there, which
+// needs no reset.
 template <typename Work>
 __device__ void meet(Work work) {
-  if (clustered()) {
-    arrive(), work(), wait();
-    return;
-  }
   unsigned before = 0;
   __syncthreads();
   if (threadIdx.x == 0) before = release(m.meeting, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);

@@ -163,7 +163,7 @@ def provenance(profile: str, *, seed: int | None = None, seconds: float | None =
     changed = git("status", "--porcelain", "--", "specdec", "notebooks", "requirements.lock")
     return {
         "profile": profile,
-        "commit": git("rev-parse", "--short=12", "HEAD") or os.environ.get("SPECDEC_COMMIT"),  # for a tree without history
+        "commit": os.environ.get("SPECDEC_COMMIT") or git("rev-parse", "--short=12", "HEAD"),  # the first for a copied tree
         "dirty": None if changed is None else bool(changed),
         "machine": machine(),
         "cores": os.cpu_count(),
@@ -189,17 +189,20 @@ def machine() -> str:
 def readme_block() -> str:
     """The README's results, made from ``results/`` and nothing else."""
     parts = []
-    for profile, label in (("cpu", "two CPU cores, `cpu` profile"), ("seed", "one GPU, the seed's sizes, `seed` profile")):
+    for profile, label in (("cpu", "`cpu` profile, two CPU cores"), ("seed", "`seed` profile, the seed's sizes")):
         path = results_dir() / profile / "headline.json"
         parts.append(f"### {label}\n")
         if not path.exists():
             parts.append("Not measured yet.\n")
             continue
+        parts.append(_origin(profile))
         parts.append(_headline_tables(json.loads(path.read_text()), _data_type(profile)))
         parts.append(_caveat(profile))
-        if (results_dir() / profile / "headline.png").exists():
-            parts.append(f"![headline figure](results/{profile}/headline.png)\n")
-            parts.append(_other_run(profile))
+        for name in ("headline", _experiment(profile)):
+            if (results_dir() / profile / f"{name}.png").exists():
+                parts.append(f"![{name} figure](results/{profile}/{name}.png)\n")
+        parts.append(_other_run(profile))
+        parts.append(_accelerator_table(profile))
         parts.append(_peers_table(profile))
         parts.append(_recipes_table(profile))
         parts.append(_losing_cells(profile))
@@ -291,6 +294,52 @@ def _other_run(profile: str) -> str:
     )
 
 
+def _experiment(profile: str) -> str:
+    """The benchmark that the profile's headline is of: its own, else the one on two cores of models trained elsewhere."""
+    return "benchmark" if (results_dir() / profile / "benchmark.json").exists() else "benchmark_two_cores"
+
+
+def _origin(profile: str) -> str:
+    """What an unattended run trained, on what; empty for a profile whose notebooks tell it."""
+    try:
+        training, roofline, measured = load(profile, "training"), load(profile, "roofline"), load(profile, _experiment(profile))
+        data, trained_on = roofline["params"]["data"], training["provenance"]["machine"]
+    except (ValueError, KeyError):
+        return ""
+    lines = [
+        f"Trained on {trained_on}: {data['tokens'] / 1e6:.1f}M tokens of {data['source']} (sha256 of the tokens {data['sha256'][:12]}…), "
+        "all of GPT-2's ids, and schedules cut to the time there was.", "",
+        "| model | weights | tokens read | seconds | TFLOP/s | validation loss |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for role, v in training["values"].items():
+        tokens = training["params"][role]["tokens"]
+        lines.append(f"| {role} | {v['weights'] / 1e6:.1f}M | {tokens / 1e6:.1f}M | {v['seconds']:.0f} | {v['flops'] / 1e12:.0f} "
+                     f"| {v['validation_loss']:.3f} |")  # fmt: skip
+    if _experiment(profile) != "benchmark":
+        lines += ["", f"The same models, **measured on two CPU cores** with {measured['params']['n_prompts']} held-out prompts "
+                  "(on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def _accelerator_table(profile: str) -> str:
+    """A step of each model on a GPU, in all the ways that passes can run; empty where there was none."""
+    try:
+        result = load(profile, "roofline")
+        steps = [s for s in result["values"]["steps"] if s["sizes"] == profile]
+    except (ValueError, KeyError):
+        return ""
+    if len({s["passes"] for s in steps}) < 2:
+        return ""
+    lines = [f"A decoding step, its draw included, on {result['provenance']['machine']}, {steps[0]['dtype']}:", "",
+             "| passes | target, ms | of the floor that memory sets | v(5) | v(9) | small draft, ms | medium draft, ms |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for passes in dict.fromkeys(s["passes"] for s in steps):
+        target, small, medium = (next(s for s in steps if (s["passes"], s["model"]) == (passes, role)) for role in ("target", "small", "medium"))
+        lines.append(f"| {passes} | {target['seconds'] * 1e3:.2f} | {target['fraction']:.0%} | {target['v5']:.2f} | {target['v9']:.2f} "
+                     f"| {small['seconds'] * 1e3:.2f} | {medium['seconds'] * 1e3:.2f} |")  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
 def _headline_tables(h: dict, data_type: str = "") -> str:
     def speed(cell):
         if cell["value"] is None:
@@ -337,7 +386,7 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
 def _caveat(profile: str) -> str:
     """Greedy decoding falls into loops that any draft can follow: say how much the texts repeat themselves."""
     try:
-        best = load(profile, "benchmark")["values"]["best"]
+        best = load(profile, _experiment(profile))["values"]["best"]
         distinct = [best[f"target T={t}"]["distinct_fraction"] for t in (0, 1)]
         held_out = load(profile, "distillation")["values"]["alpha_held_out"]
     except (ValueError, KeyError):
@@ -387,11 +436,11 @@ def _recipes_table(profile: str) -> str:
 
 def _losing_cells(profile: str) -> str:
     """Of the sweeps over k, and of each drafter's best k when it was measured again."""
-    measured = load_rows(profile, "benchmark_cells") + load_rows(profile, "distillation_cells")
+    measured = load_rows(profile, f"{_experiment(profile)}_cells") + load_rows(profile, "distillation_cells")
     measured = [c for c in measured if isinstance(c.get("k"), float)]
     if not measured:
         return ""
-    for key, line in load(profile, "benchmark")["values"]["best"].items():
+    for key, line in load(profile, _experiment(profile))["values"]["best"].items():
         if "k" in line:
             draft, temperature = key.split(" T=")
             measured.append(line | {"draft": f"{draft}, once more on fresh prompts", "temperature": float(temperature)})

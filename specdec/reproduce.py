@@ -10,8 +10,12 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from . import bench, report, roofline
 from .data import TokenData, build_dir, tokens_for, write_json
@@ -69,7 +73,7 @@ def reproduce(
         models[label_], histories[label_] = load_or_distill(profile, loss, role=role, device=device)
         say(f"{label_}: validation loss {histories[label_].validation_loss:.3f}, {histories[label_].seconds:.0f} s")
     record_distillation(profile, models, histories, data)
-    origin = "text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
+    origin = "local text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
     run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)}}
     if is_done(profile, "roofline", run):
         say("roofline: done before")
@@ -81,7 +85,8 @@ def reproduce(
             continue
         with two_cores(where != device):
             chosen = {name: model for name, model in models.items() if name == "target" or name in (drafts or models)}
-            result = measure(chosen, data, settings, where)
+            keep = partial(record_benchmark, profile, settings=settings, experiment=experiment)  # what a cut would leave
+            result = measure(chosen, data, settings, where, keep)
         record_benchmark(profile, result, settings, experiment=experiment, run=run)
         if experiment == "benchmark":
             update_headline(profile, result)
@@ -236,12 +241,15 @@ def stages(config: BenchConfig, device: str | torch.device) -> dict[str, tuple[B
     return out
 
 
-def measure(models: dict[str, Transformer], data: TokenData, settings, device: str | torch.device) -> bench.Benchmark:
+def measure(
+    models: dict[str, Transformer], data: TokenData, settings: BenchConfig, device: str | torch.device,
+    after: Callable[[bench.Benchmark], object] = lambda result: None,
+) -> bench.Benchmark:  # fmt: skip
     """All drafts and prompt lookup on that device."""
     here = {name: model.to(device) for name, model in models.items()}
     target, drafters, alone = bench.equip(here, settings, data)
     drafters["lookup"] = PromptLookup(target.config.n_ids, device=target.device)
-    return bench.run(target, drafters, alone, data, settings)
+    return bench.run(target, drafters, alone, data, settings, after)
 
 
 @contextmanager
@@ -279,9 +287,10 @@ def is_done(profile: Profile, experiment: str, run: dict) -> bool:
 
 
 def record_benchmark(
-    profile: Profile, result: bench.Benchmark, settings, *, experiment: str = "benchmark", run: dict | None = None
+    profile: Profile, result: bench.Benchmark, settings: BenchConfig, *, experiment: str = "benchmark", run: dict | None = None
 ) -> None:
-    """``<experiment>.json`` with its raw rows, and ``<experiment>_cells`` with one line per drafter, temperature and k."""
+    """``<experiment>.json`` with its raw rows, ``<experiment>_cells`` with one line per drafter, temperature and k, and
+    the figure of those. Without ``run`` the experiment does not count as done."""
     shown = ("n_prompts", "new_tokens", "ks", "dtype", "passes")
     report.record(
         profile.name, experiment,
@@ -294,6 +303,29 @@ def record_benchmark(
         rows=result.rows, seed=settings.seed,
     )  # fmt: skip
     report.record(profile.name, f"{experiment}_cells", params={}, values={"cells": len(result.cells)}, rows=result.cells)
+    if run:
+        report.style()
+        figure = speedups([cell for cell in result.cells if "predicted" in cell])
+        report.save_figure(figure, profile.name, experiment)
+        plt.close(figure)
+
+
+def speedups(cells: list[dict]) -> Figure:
+    """Measured and predicted speed-up by k, a panel for each temperature."""
+    temperatures, drafts = (sorted({cell[key] for cell in cells}) for key in ("temperature", "draft"))
+    figure, axes = plt.subplots(1, len(temperatures), figsize=(8, 3.4), sharey=True, squeeze=False)
+    for axis, temperature in zip(axes[0], temperatures):
+        for i, draft in enumerate(drafts):
+            mine = [cell for cell in cells if (cell["temperature"], cell["draft"]) == (temperature, draft)]
+            ks = [cell["k"] for cell in mine]
+            y, low, high = (np.array([cell[key] for cell in mine]) for key in ("speedup", "ci95_low", "ci95_high"))
+            axis.errorbar(ks, y, [(y - low).clip(0), (high - y).clip(0)], fmt="o-", color=f"C{i}", label=draft)
+            axis.plot(ks, [cell["predicted"] for cell in mine], "--", color=f"C{i}", alpha=0.6)
+        report.break_even(axis)
+        axis.set(xlabel="k, drafted tokens per round", title=f"temperature {temperature:g}", ylim=(0, None))
+    axes[0, 0].set(ylabel="speed-up, C ÷ A")
+    axes[0, 0].legend(fontsize=8)
+    return figure
 
 
 def update_headline(profile: Profile, result: bench.Benchmark, draft: str = "small") -> None:

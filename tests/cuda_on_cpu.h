@@ -165,9 +165,6 @@ T __ldcg(const T* at) { return *at; }
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
 inline void __threadfence() {}
 inline unsigned release(unsigned* at, unsigned more) { return std::exchange(*at, *at + more); }
-inline bool clustered() { return false; }
-inline void arrive() {}
-inline void wait() {}
 inline unsigned acquire(const unsigned* at) {
   on_cpu::spinning = true;
   on_cpu::yield();

@@ -31,7 +31,7 @@ def emulator(tmp_path_factory):
     header = Path(__file__).with_name("cuda_on_cpu.h")
 
     class Emulated:
-        threads, cluster = 64, 1
+        threads = 64
 
         def __init__(self, dtype, device, blocks, most):
             if (dtype, most) not in libraries:
@@ -43,7 +43,7 @@ def emulator(tmp_path_factory):
                 libraries[dtype, most] = ctypes.CDLL(str(path))
             self.library, self.blocks, self.most = libraries[dtype, most], blocks, most
 
-        def launch(self, name, blocks, clustered, arguments):
+        def launch(self, name, blocks, arguments):
             self.library.launch(f"specdec_{name}".encode(), blocks, self.threads, self.most, arguments)
 
     return Emulated
@@ -55,16 +55,13 @@ BLOCKS, MOST_SHARED = 3, 224 << 10
 @pytest.fixture(params=[
     pytest.param("cpu", marks=needs_compiler),
     pytest.param("cuda", marks=needs_gpu),
-    pytest.param("cuda without clusters", marks=needs_gpu),
 ])  # fmt: skip
 def device(request, monkeypatch):
-    if "without" in request.param:
-        monkeypatch.setattr(cuda, "SMALL", 0)
     if request.param == "cpu":
         emulated = request.getfixturevalue("emulator")
         monkeypatch.setattr(cuda, "kernels", lambda dtype, device: emulated(dtype, device, BLOCKS, MOST_SHARED))
         cuda.call.cache_clear()
-    yield torch.device(request.param.split()[0])
+    yield torch.device(request.param)
     cuda.call.cache_clear()
 
 

@@ -60,7 +60,7 @@ def test_local_text_and_a_budget_of_tokens(home, capsys):
     out = capsys.readouterr().out
     assert "PROFILE=ci@4k" in out and str(home) not in out
     written = "".join(path.read_text() for path in (home / "results/ci").glob("*.json"))
-    assert '"source": "text"' in written and str(home) not in written
+    assert '"source": "local text"' in written and str(home) not in written
     assert report.load("ci", "benchmark")["params"]["data"]["sha256"] == tokens_for(get_profile(f"ci@4k:{home / 'texts'}")).sha256
 
 
