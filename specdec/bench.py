@@ -230,7 +230,8 @@ def time_parts(
     """Interleaved timings of a round's parts after ``prompt``; given ``timings`` are added to.
 
     Each part follows what it follows in a text, because what ran before it decides what the processor's caches hold: a
-    target step another step, a verifying pass the drafting, and both the draft and the decision a verifying pass.
+    target step other steps, a verifying pass the drafting, and both the draft and the decision a verifying pass; and that
+    for some rounds, because a cache may keep a part of the weights from one to the next.
     """
     randomness, n_ids, cache = Randomness(0, target.device), target.config.n_ids, target.new_cache()
     text = prompt + prompt[-1:]  # the last token is unread, as after every round
@@ -262,7 +263,7 @@ def time_parts(
     timings = {} if timings is None else timings
     for i in range(repeats + 1):
         for name, (before, function) in work.items():
-            for part in (before, function):
+            for part in (before, function) * 3:
                 cache.truncate(len(prompt))
                 drafter.truncate(len(prompt))
                 began = clock()
