@@ -38,7 +38,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
 
 .PHONY: reproduce
-reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (35 min)
+reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (20 to 40 min)
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
 endif
@@ -64,7 +64,7 @@ build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb | $(VENV)/.done
 # What proves that nothing is lost, once more with the trained pair.
 PROOF := $(addprefix tests/test_,lossless.py statistics.py edges.py sampling.py engine.py soak.py)
 .PHONY: proof
-proof: $(VENV)/.done ## every check and every deliberate mistake of losslessness as a table in results/ (8 min)
+proof: $(VENV)/.done ## every check and every deliberate mistake of losslessness as a table in results/ (6 min)
 	SPECDEC_PROFILE=$(PROFILE) $(BIN)/python -m pytest $(PROOF) --record-proof
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
@@ -90,7 +90,7 @@ distill: $(VENV)/.done ## what a draft may learn from: every loss and text compa
 	$(BIN)/python -m specdec distill --profile $(PROFILE)
 
 .PHONY: peers
-peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (7 min)
+peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (5 min)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]' -c requirements.lock
 	$(BIN)/python -m specdec bench --profile $(PROFILE) --peers --draft distilled --prompts 8
 

@@ -316,7 +316,8 @@ def _origin(profile: str) -> str:
         lines.append(f"| {role} | {v['weights'] / 1e6:.1f}M | {tokens / 1e6:.1f}M | {v['seconds']:.0f} | {v['flops'] / 1e12:.0f} "
                      f"| {v['validation_loss']:.3f} |")  # fmt: skip
     if _experiment(profile) != "benchmark":
-        lines += ["", f"The same models, **measured on two CPU cores** with {measured['params']['n_prompts']} held-out prompts "
+        weights = measured["params"].get("weights")
+        lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {measured['params']['n_prompts']} held-out prompts "
                   "(on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
     return "\n".join([*lines, ""])
 
@@ -410,7 +411,7 @@ def _peers_table(profile: str) -> str:
     ratios, version = peers["values"]["ours_by_theirs"], peers["params"]["transformers"]
     lines = [
         f"The same weights in transformers {version}, in turns with ours, each side at its best setting "
-        f"({peers['params']['draft']} draft; `make peers`):", "",
+        f"({peers['params']['draft']} draft, {peers['provenance']['machine']}, commit {peers['provenance']['commit']}; `make peers`):", "",
         "| | temperature | ours, tokens/s | transformers, tokens/s | ours ÷ theirs |", "|---|---|---|---|---|",
     ]  # fmt: skip
     names = {"alone": "target alone", "draft": "with the draft", "lookup": "prompt lookup"}
