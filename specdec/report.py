@@ -316,9 +316,9 @@ def _origin(profile: str) -> str:
         lines.append(f"| {role} | {v['weights'] / 1e6:.1f}M | {tokens / 1e6:.1f}M | {v['seconds']:.0f} | {v['flops'] / 1e12:.0f} "
                      f"| {v['validation_loss']:.3f} |")  # fmt: skip
     if _experiment(profile) != "benchmark":
-        weights = measured["params"].get("weights")
-        lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {measured['params']['n_prompts']} held-out prompts "
-                  "(on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
+        n, weights = measured["params"]["n_prompts"], measured["params"].get("weights")
+        lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {n} "
+                  "held-out prompts (on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
     return "\n".join([*lines, ""])
 
 
@@ -334,8 +334,9 @@ def _accelerator_table(profile: str) -> str:
     lines = [f"A decoding step, its draw included, on {result['provenance']['machine']}, {steps[0]['dtype']}:", "",
              "| passes | target, ms | of the floor that memory sets | v(5) | v(9) | small draft, ms | medium draft, ms |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    by_name = {(s["passes"], s["model"]): s for s in steps}
     for passes in dict.fromkeys(s["passes"] for s in steps):
-        target, small, medium = (next(s for s in steps if (s["passes"], s["model"]) == (passes, role)) for role in ("target", "small", "medium"))
+        target, small, medium = (by_name[passes, role] for role in ("target", "small", "medium"))
         lines.append(f"| {passes} | {target['seconds'] * 1e3:.2f} | {target['fraction']:.0%} | {target['v5']:.2f} | {target['v9']:.2f} "
                      f"| {small['seconds'] * 1e3:.2f} | {medium['seconds'] * 1e3:.2f} |")  # fmt: skip
     return "\n".join([*lines, ""])

@@ -121,3 +121,23 @@ def test_a_run_that_checks_nothing_leaves_the_proof_alone(tmp_path):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--record-proof", str(tests / "test_edges.py")]
     assert subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True).returncode == 0
     assert not list(tmp_path.rglob("*"))
+
+
+def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
+    report.update_headline("seed", tokens_per_second={"A": 10, "B": 90, "C": 20})
+    assert "Trained on" not in report.readme_block() and "A decoding step" not in report.readme_block()
+    line = {"weights": 3e6, "seconds": 5.0, "flops": 7e12, "validation_loss": 4.5}
+    report.record("seed", "training", params={"target": {"tokens": 2e6}}, values={"target": line})
+    steps = [
+        {"sizes": "seed", "passes": passes, "model": model, "dtype": "bfloat16", "seconds": 0.004, "fraction": 0.5, "v5": 1.1, "v9": 1.2}
+        for passes in ("eager", "graphs") for model in ("target", "small", "medium")
+    ]  # fmt: skip
+    data = {"tokens": 4e6, "source": "local text", "sha256": "0123456789abcdef"}
+    report.record("seed", "roofline", params={"data": data}, values={"steps": steps})
+    report.record("seed", "benchmark_two_cores", params={"n_prompts": 9}, values={"best": {}})
+    text = report.readme_block()
+    assert "4.0M tokens of local text (sha256 of the tokens 0123456789ab…)" in text
+    assert "| target | 3.0M | 2.0M | 5 | 7 | 4.500 |" in text and "| graphs | 4.00 | 50% | 1.10 | 1.20 | 4.00 | 4.00 |" in text
+    assert "with 9 held-out prompts (on the GPU itself C ÷ A is not measured yet)" in text
+    report.record("seed", "benchmark", params={}, values={"best": {}})  # once it is, two cores are no longer the headline
+    assert "two CPU cores** with" not in report.readme_block()
