@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .model import KVCache, Transformer
+from .native import SIZES, Layer
 from .sampling import Randomness, Sampling, token_wise
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
@@ -103,21 +104,14 @@ def call(name: str, device: torch.device) -> Call:
     return Call(kernels(torch.float32, device), name)
 
 
-class _Layer(Structure):
-    _fields_ = [(name, c_void_p) for name in ("attention_norm", "qkv", "out", "mlp_norm", "up", "down")]
-
-
 class _Model(Structure):
     _fields_ = [
-        *((name, c_int64) for name in (
-            "n_layers", "n_heads", "n_kv_heads", "head_size", "width", "hidden", "n_ids", "n_offered", "n_choices",
-            "squared", "capacity",
-        )),
+        *((name, c_int64) for name in SIZES),
         ("norm_eps", c_double),
         *((name, c_void_p) for name in (
             "embedding", "cos", "sin", "norm", "head", "offered", "x", "queries", "mixed", "inner", "logits", "next", "meeting",
         )),
-        ("layers", _Layer * LAYERS),
+        ("layers", Layer * LAYERS),
     ]  # fmt: skip
 
 
@@ -154,8 +148,8 @@ class CudaModel:
             return at(torch.zeros(n, dtype=dtype, device=model.device), dtype)
 
         layers = (
-            _Layer(at(b.attention_norm.weight), weight(b.attention.qkv), weight(b.attention.out), at(b.mlp_norm.weight),
-                   weight(b.mlp.up), weight(b.mlp.down))
+            Layer(at(b.attention_norm.weight), weight(b.attention.qkv), weight(b.attention.out), at(b.mlp_norm.weight),
+                  weight(b.mlp.up), weight(b.mlp.down))
             for b in model.blocks
         )  # fmt: skip
         struct = _Model(
@@ -164,7 +158,7 @@ class CudaModel:
             weight(model.embedding), at(model.cos), at(model.sin), at(model.norm.weight), weight(model.head),
             None if model.offered is None else at(model.offered, torch.long),
             room(MOST * C), room(MOST * C), room(MOST * C), room(MOST * F), room(self.n_offered), room(1, torch.long),
-            room(1, torch.int32), (_Layer * LAYERS)(*layers),
+            room(1, torch.int32), (Layer * LAYERS)(*layers),
         )  # fmt: skip
         self.run = Call(self.kernels, "run", struct)
 

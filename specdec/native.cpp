@@ -1,8 +1,8 @@
 // Passes of a Transformer over a few rows, at the speed at which memory delivers its weights; and what a round does with
 // their logits, which elsewhere is sampling.py: probabilities, draws, the token-wise decision.
 //
-// A weight is loaded once and multiplied with up to six rows while it is in its register; the sums of all of them stay in
-// the core until they are complete. More rows take a block of weights that was just used out of the nearest cache, and
+// A weight is loaded once and multiplied with up to six rows, or twelve where there are 32 registers, while it is in its
+// own; the sums of all of them stay in the core until they are complete. More rows take a block of weights that was just used out of the nearest cache, and
 // the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call: what lies between
 // two products, and the threads' waiting for each other, would otherwise take as long as the products of a small model.
 //

@@ -19,7 +19,7 @@ from .data import build_dir
 from .model import Transformer
 
 LANES, MOST = 8, 32  # as in native.cpp: outputs of a panel, most rows of a pass
-TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16 weights are widened as they are read
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16: of the weights; sums are float32
 # the second: a single chain of sums is to be fused like several, so that a row has the same bits in any company
 FLAGS = ("-ftree-loop-vectorize", "--param=avoid-fma-max-bits=0", "-Wno-psabi")
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -108,19 +108,20 @@ class PanelLinear(nn.Module):
         return y[:, : self.n_outputs].view(*x.shape[:-1], -1).to(x.dtype)
 
 
-class _Layer(Structure):
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "head_size", "width", "hidden", "n_ids", "n_offered", "n_choices", "squared",
+         "capacity")  # fmt: skip
+
+
+class Layer(Structure):
     _fields_ = [(name, c_void_p) for name in ("attention_norm", "qkv", "out", "mlp_norm", "up", "down")]
 
 
 class _Model(Structure):
     _fields_ = [
-        *((name, c_long) for name in (
-            "n_layers", "n_heads", "n_kv_heads", "head_size", "width", "hidden", "n_ids", "n_offered", "n_choices",
-            "squared", "capacity",
-        )),
+        *((name, c_long) for name in SIZES),
         ("norm_eps", c_double),
         *((name, c_void_p) for name in ("embedding", "cos", "sin", "norm", "head", "offered")),
-        ("layers", POINTER(_Layer)),
+        ("layers", POINTER(Layer)),
     ]  # fmt: skip
 
 
@@ -135,9 +136,9 @@ class NativeModel:
             self.kept.append(tensor.detach().contiguous())
             return self.kept[-1].data_ptr()
 
-        self.layers = (_Layer * config.n_layers)(*(
-            _Layer(at(b.attention_norm.weight.to(kind)), at(panels(b.attention.qkv.weight)), at(panels(b.attention.out.weight)),
-                   at(b.mlp_norm.weight.to(kind)), at(panels(b.mlp.up.weight)), at(panels(b.mlp.down.weight)))
+        self.layers = (Layer * config.n_layers)(*(
+            Layer(at(b.attention_norm.weight.to(kind)), at(panels(b.attention.qkv.weight)), at(panels(b.attention.out.weight)),
+                  at(b.mlp_norm.weight.to(kind)), at(panels(b.mlp.up.weight)), at(panels(b.mlp.down.weight)))
             for b in model.blocks
         ))  # fmt: skip
         self.n_offered = len(model.head.weight)

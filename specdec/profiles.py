@@ -101,7 +101,7 @@ _CI = Profile(
 
 # Smaller than the seed, with few large heads, which two cores train faster than many small ones, and a vocabulary that they
 # can afford. The target must not fit into a processor's last cache, in bfloat16 either: 48 MB here. One that does (28 MB, of
-# width 384) is read from there four times as fast, and there is little left that verifying several rows at once could save.
+# width 384) is read from there, and there is little left that verifying several rows at once could save.
 # Less than one pass over the text, so there is nothing for dropout to regularise.
 _CPU = Profile(
     name="cpu",

@@ -234,8 +234,9 @@ def stages(config: BenchConfig, device: str | torch.device) -> dict[str, tuple[B
     out = {"benchmark": (config, device, ())}
     if torch.device(device).type == "cuda":
         pair, few = ("small", "small distilled"), {"n_sweep_prompts": 1, "n_prompts": 8}
-        for passes in (passes for passes in PASSES if passes != config.passes):
-            out[f"benchmark_{passes}"] = replace(config, passes=passes, new_tokens=64, **few), device, pair
+        for passes in PASSES:
+            if passes != config.passes:
+                out[f"benchmark_{passes}"] = replace(config, passes=passes, new_tokens=64, **few), device, pair
         two_cores = replace(config, passes="compiled", n_sweep_prompts=2, n_prompts=8)
         out["benchmark_two_cores"] = two_cores, "cpu", ("small", "small distilled", "small control")
     return out

@@ -95,7 +95,8 @@ def train(
     optimizer = make_optimizer(model, schedule.betas, schedule.vocabulary_rate)
     history, done, seconds = History(), 0, 0.0
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), ExitStack() as stack:  # dropout draws from torch's own generator
+    # dropout draws from torch's own generator; give it back as it was
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack:
         torch.manual_seed(schedule.seed + rank)
         saved = load_training(folder) if folder else None
         if saved:
