@@ -1,9 +1,9 @@
-"""Short passes on a GPU, each one launch of native.cu: a pass, a draft of several tokens, rows of probabilities, a
-decision. What `compiled.py` is for the CPU, on CUDA tensors. Nothing here waits for the device.
+"""Short passes on a GPU, each one launch of native.cu or draft.cu: a pass, a draft of several tokens, rows of
+probabilities, a decision. What `compiled.py` is for the CPU, on CUDA tensors. Nothing here waits for the device.
 """
 
 import ctypes
-from ctypes import Structure, addressof, byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
+from ctypes import Structure, addressof, byref, c_char, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,27 +17,45 @@ from .sampling import Randomness, Sampling, token_wise
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
-SOURCE = Path(__file__).with_name("native.cu")
+CLUSTER, KEYS = 16, 4  # blocks of a cluster; keys of a warp of draft.cu, most
+BLOCKS = 160  # of a launch, most
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cu", "draft.cu")]
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 ARGUMENTS = {
-    "run": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_double, c_void_p, c_void_p, c_void_p),
+    "run": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int),
+    "draft": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int),
     "probabilities": (c_void_p, c_int64, c_int, c_double, c_void_p),
     "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p),
 }
 
 
+class _Config(Structure):
+    """CUlaunchConfig: (blocks, 1, 1), (threads, 1, 1), bytes of shared memory, stream, attributes."""
+
+    _fields_ = [*((f"n{i}", c_uint) for i in range(7)), ("stream", c_void_p), ("attributes", c_void_p), ("n", c_uint)]
+
+
+class _ClusterSize(Structure):
+    """The CUlaunchAttribute of (blocks, 1, 1) a cluster."""
+
+    _fields_ = [("kind", c_int), ("pad", c_int), ("x", c_uint), ("y", c_uint), ("z", c_uint), ("rest", c_char * 52)]
+
+
 def compiled(weights: str, device: torch.device, shared: int) -> bytes:
-    """native.cu for ``device``, whose launches ask for ``shared`` bytes, in about four seconds."""
+    """The kernels for ``device``, whose launches ask for ``shared`` bytes, in about five seconds."""
     try:
         nvrtc = ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
     except OSError:  # where pip puts it
         nvrtc = ctypes.CDLL(str(next(Path(torch.__file__).parents[1].glob("nvidia/**/libnvrtc.so.*"))))
-    program, size = c_void_p(), c_size_t()
-    nvrtc.nvrtcCreateProgram(byref(program), SOURCE.read_bytes(), b"native.cu", 0, None, None)
     major, minor = torch.cuda.get_device_capability(device)
+    source = "\n".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in SOURCES[: 2 if major >= 9 else 1])
+    program, size = c_void_p(), c_size_t()
+    nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"specdec.cu", 0, None, None)
     # the last: what multiplies and adds in one instruction says so itself, so that it does in any company
-    options = f"-DW={weights} -DTHREADS={THREADS} -DSHARED={shared} --gpu-architecture=sm_{major}{minor} -std=c++17 --fmad=false"
-    options = options.split()
+    options = (
+        f"-DW={weights} -DTHREADS={THREADS} -DSHARED={shared} -DKEYS={KEYS} -DBLOCKS={BLOCKS} --gpu-architecture=sm_{major}{minor} -std=c++17 "
+        "--fmad=false"
+    ).split()
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*(o.encode() for o in options)))
     what = "nvrtcGetProgramLog" if failed else "nvrtcGetCUBIN"
     getattr(nvrtc, f"{what}Size")(program, byref(size))
@@ -45,28 +63,46 @@ def compiled(weights: str, device: torch.device, shared: int) -> bytes:
     getattr(nvrtc, what)(program, out)
     nvrtc.nvrtcDestroyProgram(byref(program))
     if failed:
-        raise RuntimeError(f"native.cu does not compile:\n{out.value.decode()}")
+        raise RuntimeError(f"the kernels do not compile:\n{out.value.decode()}")
     return out.raw
 
 
 class Kernels:
-    """The kernels of native.cu for one type of weights, loaded on ``device``."""
+    """The kernels for one type of weights, loaded on ``device``."""
 
-    threads = THREADS
+    threads, cluster, keys = THREADS, CLUSTER, KEYS
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # now there is a context to load them into
             properties = torch.cuda.get_device_properties(device)
-            self.device, self.blocks = device, properties.multi_processor_count
+            self.device, self.blocks = device, min(BLOCKS, properties.multi_processor_count)
             self.most = properties.shared_memory_per_block_optin - STATIC  # bytes that a launch may ask for
-            self.driver, module, self.functions = ctypes.CDLL("libcuda.so.1"), c_void_p(), {}
-            self.check(self.driver.cuModuleLoadData(byref(module), compiled(WEIGHTS[dtype], device, self.most)))
+            self.driver, self.module, self.functions = ctypes.CDLL("libcuda.so.1"), c_void_p(), {}
+            self.check(self.driver.cuModuleLoadData(byref(self.module), compiled(WEIGHTS[dtype], device, self.most)))
+            has_clusters = properties.major >= 9
             for name in ARGUMENTS:
+                if name == "draft" and not has_clusters:
+                    continue
                 function = self.functions[name] = c_void_p()
-                self.check(self.driver.cuModuleGetFunction(byref(function), module, f"specdec_{name}".encode()))
+                self.check(self.driver.cuModuleGetFunction(byref(function), self.module, f"specdec_{name}".encode()))
                 self.check(self.driver.cuFuncSetAttribute(function, 8, self.most))  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self.clusters = self.count_clusters() if has_clusters else 0
 
+    def count_clusters(self) -> int:
+        """How many clusters of draft.cu can wait for each other."""
+        function, n = self.functions["draft"], c_int()
+        self.check(self.driver.cuFuncSetAttribute(function, 14, 1))  # NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        config = self.configuration(self.cluster, self.cluster)
+        self.check(self.driver.cuOccupancyMaxActiveClusters(byref(n), function, byref(config)))
+        return min(n.value, BLOCKS // self.cluster)
+
+    def configuration(self, blocks: int, cluster: int) -> _Config:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        size = _ClusterSize(4, 0, cluster, 1, 1)  # CLUSTER_DIMENSION
+        config = _Config(blocks, 1, 1, self.threads, 1, 1, self.most, stream, addressof(size), cluster > 1)
+        config.kept = size
+        return config
 
     def check(self, error: int) -> None:
         if error:
@@ -74,11 +110,9 @@ class Kernels:
             self.driver.cuGetErrorString(error, byref(text))
             raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}.")
 
-    def launch(self, name: str, blocks: int, arguments) -> None:
-        stream = c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        self.check(self.driver.cuLaunchKernel(
-            self.functions[name], blocks, 1, 1, self.threads, 1, 1, self.most, stream, arguments, None
-        ))  # fmt: skip
+    def launch(self, name: str, blocks: int, arguments, cluster: int = 1) -> None:
+        config = self.configuration(blocks, cluster)
+        self.check(self.driver.cuLaunchKernelEx(byref(config), self.functions[name], arguments, None))
 
 
 kernels = cache(Kernels)  # of a type and a device
@@ -93,10 +127,10 @@ class Call:
         places = [addressof(x) for x in (*first, *self.values)]
         self.places = (c_void_p * len(places))(*places)
 
-    def __call__(self, blocks: int, *arguments) -> None:
+    def __call__(self, blocks: int, *arguments, cluster: int = 1) -> None:
         for place, argument in zip(self.values, arguments, strict=True):
             place.value = argument.data_ptr() if isinstance(argument, Tensor) else argument
-        self.kernels.launch(self.name, blocks, self.places)
+        self.kernels.launch(self.name, blocks, self.places, cluster)
 
 
 @cache
@@ -109,7 +143,8 @@ class _Model(Structure):
         *((name, c_int64) for name in SIZES),
         ("norm_eps", c_double),
         *((name, c_void_p) for name in (
-            "embedding", "cos", "sin", "norm", "head", "offered", "x", "queries", "mixed", "inner", "logits", "next", "meeting",
+            "embedding", "cos", "sin", "norm", "head", "drawn", "offered", "x", "queries", "mixed", "inner", "logits", "next", "posts",
+            "words", "meeting",
         )),
         ("layers", Layer * LAYERS),
     ]  # fmt: skip
@@ -129,8 +164,9 @@ class CudaModel:
         self.kernels = kernels(model.dtype, model.device)
         self.n_offered = len(model.head.weight)
         self.n_choices = min(self.n_offered, config.n_ids)
-        room = max(4 * (config.head_size * (self.kernels.threads // 32 + 1) + config.context), 16 * MOST * C)
-        if C % 8 or config.n_layers > LAYERS or 512 + 4 * self.kernels.threads + room > self.kernels.most:
+        D = config.head_size
+        room = max(4 * (D + 2) * (self.kernels.threads // 32), 16 * MOST * C, 4 * -(-self.n_choices // self.kernels.blocks))
+        if C % 8 or D > 256 or config.n_layers > LAYERS or 512 + 4 * self.kernels.threads + room > self.kernels.most:
             raise ValueError(
                 f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 880 on an H100; "
                 f"{config.n_layers} of {C} were given: choose graphs."
@@ -156,11 +192,26 @@ class CudaModel:
             config.n_layers, config.n_heads, config.n_kv_heads, config.head_size, C, F, config.vocab_size, self.n_offered,
             self.n_choices, config.activation == "relu2", config.context, config.norm_eps,
             weight(model.embedding), at(model.cos), at(model.sin), at(model.norm.weight), weight(model.head),
+            weight(model.embedding) if model.offered is None else at(model.embedding.weight[model.offered], model.dtype),
             None if model.offered is None else at(model.offered, torch.long),
             room(MOST * C), room(MOST * C), room(MOST * C), room(MOST * F), room(self.n_offered), room(1, torch.long),
-            room(1, torch.int32), (Layer * LAYERS)(*layers),
+            room(4 * BLOCKS, torch.long), room(2 * self.n_choices, torch.long), room(1, torch.int32), (Layer * LAYERS)(*layers),
         )  # fmt: skip
         self.run = Call(self.kernels, "run", struct)
+        self.draft = Call(self.kernels, "draft", struct) if self.fits_a_cluster() else None
+        self.epoch = 1  # of the next token that is drawn
+
+    def fits_a_cluster(self) -> bool:
+        """Whether draft.cu can draw from this model: see there what lies in shared memory."""
+        c, n, warps = self.config, self.kernels.cluster, self.kernels.threads // 32
+        C, D, H, K = c.width, c.head_size, c.n_heads, c.n_kv_heads
+        Q, F, L, parts = (H + 2 * K) * D, 4 * C, c.n_layers, n // K
+        if not self.kernels.clusters or D > 64 or H // K > 4 or any(x % n for x in (Q // 2, C, F // 4)):
+            return False
+        weights = L * (Q * C + C * C + 2 * F * C) // n * self.dtype.itemsize
+        numbers = (2 * L + 1) * C + C + Q + C + F + (H * parts + warps * (H // K)) * (D + 2)
+        numbers += -(-self.n_choices // (n * self.kernels.clusters)) + 6 + 4 * Q // 2 // n
+        return c.context <= parts * warps * self.kernels.keys and 512 + weights + 4 * numbers <= self.kernels.most
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config, 1, None, torch.float32, self.device)
@@ -180,13 +231,13 @@ class CudaModel:
         for i in range(0, T, MOST):
             rows, place = min(MOST, T - i), None if logits is None else logits[i:]
             where = cache.k, cache.v, ids[i:], rows, start + i, place
-            self.run(self.kernels.blocks, *where, 0, 0, None, None, None)
+            self.run(self.kernels.blocks, *where, 0, 0, None, None, None, 0)
 
     def draw(
         self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int = 1
     ) -> tuple[Tensor, Tensor]:
         """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from. The last one is not read."""
-        if ids.shape[1] > MOST:  # a prompt
+        if ids.shape[1] > 2:  # a prompt
             self.read(ids[:, :-1], cache)
             ids = ids[:, -1:]
         if sampling.filters:
@@ -195,10 +246,13 @@ class CudaModel:
         start = cache.append(rows + n - 1)
         tokens = torch.empty(n, dtype=torch.long, device=self.device)
         probs = torch.empty(n, self.n_choices, device=self.device)
-        self.run(
-            self.kernels.blocks, cache.k, cache.v, ids, rows, start, None, n, sampling.temperature, randomness.uniforms(n),
-            tokens, probs,
-        )  # fmt: skip
+        drawn = n, sampling.temperature, randomness.uniforms(n), tokens, probs, self.epoch
+        if self.draft:
+            size = self.kernels.cluster
+            self.draft(self.kernels.clusters * size, cache.k, cache.v, ids, rows, start, *drawn, cluster=size)
+        else:
+            self.run(self.kernels.blocks, cache.k, cache.v, ids, rows, start, None, *drawn)
+        self.epoch += n
         return tokens, probs
 
     def draw_filtered(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int):

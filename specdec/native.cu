@@ -19,6 +19,9 @@
 #ifndef LEAST
 #define LEAST 16  // pieces of 8 weights, of the part of a row of weights that a warp multiplies
 #endif
+#ifndef BLOCKS
+#define BLOCKS 160  // of a launch, most; 32 divides it
+#endif
 #define UNROLL _Pragma("unroll")
 #define AS_IT_IS _Pragma("unroll 1")  // a loop whose body is several rounds already
 
@@ -40,9 +43,11 @@ struct Model {
   const W* embedding;
   const float *cos, *sin, *norm;  // cos and sin (context, D/2)
   const W* head;
+  const W* drawn;  // the embedding of what a draft may draw
   const int64* offered;  // ids of a trimmed output layer, or null
   float *x, *queries, *mixed, *inner, *logits;  // where rows lie between phases; of a draft also one row of logits
   int64* next;  // the token drawn last
+  int64 *posts, *words;  // what blocks tell each other when a token is drawn: (2, blocks, 2) and (2, choices)
   unsigned* meeting;
   Layer layers[64];
 };
@@ -61,7 +66,7 @@ enum { QKV, OUT, UP, DOWN, HEAD };  // the products of a pass
 constexpr int WARPS = THREADS / 32, MANY = 8;  // rows multiplied at once
 constexpr int PIECE = sizeof(W) / 2;  // vectors of 16 bytes that 8 weights take
 constexpr unsigned ALL = 0xffffffff;
-constexpr float LOWEST = -3.402823466e38f;
+constexpr float LOWEST = -3.402823466e38f, LOG2E = 1.44269504f;
 
 // shared memory: for reductions, for sums of parts, and the rest
 __device__ double* scratch() { return (double*)memory; }
@@ -94,6 +99,13 @@ __device__ uint4 stream(const uint4* at, bool wanted) {
   return v;
 }
 __device__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+// 8 bytes in one piece, in no order with others; peek at two such pieces
+__device__ void put(int64* at, int64 value) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory"); }
+__device__ int64 peek(const int64* at) {
+  int64 value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
 #endif
 
 // n weights that will soon be needed: all threads ask memory for them
@@ -116,10 +128,28 @@ __device__ void meet(Work work) {
   __syncthreads();
 }
 
-// one result of all threads of a block, combined in a fixed order
+struct Greater {
+  template <typename T>
+  __device__ T operator()(T a, T b) const { return a > b ? a : b; }
+};
+struct Lesser {
+  template <typename T>
+  __device__ T operator()(T a, T b) const { return a < b ? a : b; }
+};
+struct Plus {
+  template <typename T>
+  __device__ T operator()(T a, T b) const { return a + b; }
+};
+
+// one result of all lanes of a warp, or of all threads of a block, combined in a fixed order
+template <typename T, typename Combine>
+__device__ T of_warp(T value, Combine combine) {
+  for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(ALL, value, offset));
+  return value;
+}
 template <typename T, typename Combine>
 __device__ T together(T value, Combine combine) {
-  for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(ALL, value, offset));
+  value = of_warp(value, combine);
   T* all = (T*)scratch();
   __syncthreads();
   if (lane() == 0) all[warp()] = value;
@@ -128,15 +158,17 @@ __device__ T together(T value, Combine combine) {
   for (int i = 1; i < WARPS; i++) value = combine(value, all[i]);
   return value;
 }
-__device__ float most(float value) {
-  return together(value, [](float a, float b) { return a > b ? a : b; });
-}
-__device__ int first(int value) {
-  return together(value, [](int a, int b) { return a < b ? a : b; });
-}
+__device__ float most(float value) { return together(value, Greater()); }
+__device__ int first(int value) { return together(value, Lesser()); }
 template <typename T>
-__device__ T sum(T value) {
-  return together(value, [](T a, T b) { return a + b; });
+__device__ T sum(T value) { return together(value, Plus()); }
+template <typename T>
+__device__ T up_to(T value) {  // over lanes up to this one
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const T other = __shfl_up_sync(ALL, value, offset);
+    if (lane() >= offset) value += other;
+  }
+  return value;
 }
 
 // R sums of each lane → at [.][0] the warp's own of row lane/(32/R)
@@ -215,7 +247,7 @@ __device__ void norm(const int64* ids, const float* x, int rows, const float* we
         }
     }
     reduce(squares);
-    const float scale = 1 / sqrtf(squares[0][0] / width + (float)m.norm_eps);
+    const float scale = rsqrtf(__fdividef(squares[0][0], width) + (float)m.norm_eps);
     for (int c = lane(); c < n; c += 32) {
       float4& v = place(rest(), width, r, c);
       v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
@@ -224,9 +256,9 @@ __device__ void norm(const int64* ids, const float* x, int rows, const float* we
   __syncthreads();
 }
 
-// a lane's sums of R rows x · G rows of weights, over the pieces from … to
+// a lane's sums of up to R rows x · G rows of weights, over the pieces from … to
 template <int R, int G>
-__device__ void multiply(const float4* x, int pieces, const W* const (&at)[G], int from, int to, float (&sums)[G][R]) {
+__device__ void multiply(const float4* x, int rows, int pieces, const W* const (&at)[G], int from, int to, float (&sums)[G][R]) {
   constexpr int B = (R * G <= 16 ? 4 : 3) - PIECE;  // pieces under way
   AS_IT_IS for (int start = from + lane(); start < to; start += 32 * B) {
     uint4 raw[B][G][PIECE];
@@ -235,6 +267,7 @@ __device__ void multiply(const float4* x, int pieces, const W* const (&at)[G], i
     UNROLL for (int b = 0; b < B; b++) {
       const int i = smaller(start + 32 * b, to - 1);
       UNROLL for (int r = 0; r < R; r++) {
+        if (r >= rows) continue;
         const float4 p = x[2 * r * pieces + i], q = x[(2 * r + 1) * pieces + i];
         const float numbers[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
         UNROLL for (int g = 0; g < G; g++) UNROLL for (int j = 0; j < 8; j++)
@@ -244,67 +277,74 @@ __device__ void multiply(const float4* x, int pieces, const W* const (&at)[G], i
   }
 }
 
-// sums of G columns that lie `apart`, of row r, go where they belong
+__device__ float activated(float v) {
+  return m.squared ? (v < 0 ? 0 * v : v * v) : v * 0.5f * (1 + erff(v * 0.70710678f));
+}
+
+// what `deliver` will need besides sums: of queries and keys the turn of their position, else what they are added to
 template <int G>
-__device__ void deliver(int kind, int layer, int r, int column, int n, int apart, const float (&sums)[G]) {
-  if (kind == QKV) {  // both numbers of a pair: turned by their position's angle, into the queries or the cache
-    const int D = m.head_size, K = m.n_kv_heads, H = m.n_heads, head = column / D, d = column % D, position = now.start + r;
-    float a = sums[0], b = sums[1];
-    if (head < H + K) {
-      const float cos = __ldg(m.cos + position * apart + d), sin = __ldg(m.sin + position * apart + d);
-      a = sums[0] * cos - sums[1] * sin, b = sums[1] * cos + sums[0] * sin;
-    }
-    float* to = m.queries + (r * H + head) * D + d;
-    if (head < H) {
-      const float factor = 1 / sqrtf(D);
-      a *= factor, b *= factor;
-    } else {
-      const int64 row = ((int64)layer * K + (head - H) % K) * m.capacity + position;
-      to = (head < H + K ? now.keys : now.values) + row * D + d;
-    }
-    to[0] = a, to[apart] = b;
+__device__ void fetch(int kind, int r, int n, int apart, int head, int c, float (&with)[G]) {
+  if (kind == QKV) {
+    const int at = (now.start + r) * apart + c;
+    with[0] = __ldg(m.cos + at), with[1] = __ldg(m.sin + at);
+  }
+  if (kind == OUT || kind == DOWN)
+    UNROLL for (int g = 0; g < G; g++) with[g] = __ldcg(m.x + r * n + smaller(c + g * apart, n - 1));
+}
+
+// sums of G columns that lie `apart`, of row r, go where they belong: of the c-th of all, or of a head
+template <int G>
+__device__ void deliver(int kind, int layer, int r, int n, int apart, int head, int c, const float (&sums)[G], const float (&with)[G]) {
+  if (kind == QKV) {  // both numbers of a pair: turned, into the queries or the cache
+    const int D = m.head_size, K = m.n_kv_heads, H = m.n_heads;
+    const bool turned = head < H + K;
+    const float cos = turned ? with[0] : 1, sin = turned ? with[1] : 0, a = sums[0] * cos - sums[1] * sin,
+                b = sums[1] * cos + sums[0] * sin, factor = head < H ? LOG2E * rsqrtf(D) : 1;
+    const int64 row = ((int64)layer * K + (turned ? head - H : head - H - K)) * m.capacity + now.start + r;
+    float* to = head < H ? m.queries + (r * H + head) * D : (turned ? now.keys : now.values) + row * D;
+    to[c] = a * factor, to[c + apart] = b * factor;
     return;
   }
   UNROLL for (int g = 0; g < G; g++) {
-    const int c = column + g * apart;
-    if (c >= n) return;
-    const float v = sums[g];
-    if (kind == OUT || kind == DOWN) m.x[r * n + c] = __ldcg(m.x + r * n + c) + v;
-    if (kind == UP) m.inner[r * n + c] = m.squared ? (v < 0 ? 0 * v : v * v) : v * 0.5f * (1 + erff(v * 0.70710678f));
-    if (kind == HEAD) now.logits[(int64)r * n + c] = v;
+    if (c + g * apart >= n) return;
+    const int at = r * n + c + g * apart;
+    if (kind == OUT || kind == DOWN) m.x[at] = with[g] + sums[g];
+    if (kind == UP) m.inner[at] = activated(sums[g]);
+    if (kind == HEAD) now.logits[(int64)r * n + c + g * apart] = sums[g];
   }
 }
 
-// R rows x · all rows of weights, in groups of G that lie `apart`. Where groups are fewer than warps, several warps of a
-// block each multiply a part.
+// R rows x · all rows of weights, in groups of G that lie `apart`, of queries and so on within a head. Where groups are
+// fewer than warps, several warps of a block each multiply a part.
 template <int R, int G>
 __device__ void groups(int kind, int layer, int above, int rows, int width, const W* weights, int n, int apart) {
   const float4* x = rest() + above * (width / 4);
-  const int pieces = width / 8, n_groups = (n + G * apart - 1) / (G * apart) * apart, row = lane() / (32 / R);
-  int parts = 1;
-  while (2 * parts <= smaller(WARPS, 8) && n_groups * 2 * parts <= gridDim.x * WARPS && pieces >= 2 * parts * LEAST) parts *= 2;
-  const int share = (pieces + parts - 1) / parts, part = warp() % parts, per_block = WARPS / parts;
-  const bool leads = lane() % (32 / R) == 0 && above + row < rows;
+  const int pieces = width / 8, n_groups = kind == QKV ? n / 2 : apart, row = lane() / (32 / R);
+  int some = 0;  // 2^some parts
+  while (2 << some <= smaller(WARPS, 8) && n_groups << some + 1 <= gridDim.x * WARPS && pieces >= LEAST << some + 1) some++;
+  const int parts = 1 << some, share = (pieces + parts - 1) >> some, part = warp() & (parts - 1), per_block = WARPS >> some;
+  const bool leads = part == 0 && lane() % (32 / R) == 0 && above + row < rows;
   AS_IT_IS for (int begin = blockIdx.x * per_block; begin < n_groups; begin += gridDim.x * per_block) {
-    const int group = begin + warp() / parts;
-    float sums[G][R] = {}, result[G];
-    const int column = group / apart * (G * apart) + group % apart;
+    const int group = begin + (warp() >> some), head = kind == QKV ? group / apart : 0, c = group - head * apart;
+    float sums[G][R] = {}, result[G], with[G] = {};
+    const bool delivers = leads && group < n_groups;
+    if (delivers) fetch<G>(kind, above + row, n, apart, head, c, with);
     if (group < n_groups) {
       const W* at[G];
-      UNROLL for (int g = 0; g < G; g++) at[g] = weights + (int64)smaller(column + g * apart, n - 1) * width;
-      multiply<R, G>(x, pieces, at, part * share, smaller(pieces, (part + 1) * share), sums);
+      UNROLL for (int g = 0; g < G; g++) at[g] = weights + (int64)smaller(head * 2 * apart + c + g * apart, n - 1) * width;
+      multiply<R, G>(x, rows - above, pieces, at, part * share, smaller(pieces, (part + 1) * share), sums);
       reduce(sums);
     }
     UNROLL for (int g = 0; g < G; g++) result[g] = sums[g][0];
     if (parts > 1) {
-      if (leads) UNROLL for (int g = 0; g < G; g++) partial()[(warp() * G + g) * R + row] = result[g];
+      if (lane() % (32 / R) == 0) UNROLL for (int g = 0; g < G; g++) partial()[(warp() * G + g) * R + row] = result[g];
       __syncthreads();
-      if (leads && part == 0)
+      if (leads)
         for (int p = 1; p < parts; p++)
           UNROLL for (int g = 0; g < G; g++) result[g] += partial()[((warp() + p) * G + g) * R + row];
       __syncthreads();
     }
-    if (leads && part == 0 && group < n_groups) deliver<G>(kind, layer, above + row, column, n, apart, result);
+    if (delivers) deliver<G>(kind, layer, above + row, n, apart, head, c, result, with);
   }
 }
 
@@ -320,54 +360,65 @@ __device__ void product(int kind, int layer, int rows, int width, const W* weigh
   }
 }
 
-// one block for each head of each row: scores, their softmax, values
+// Softmax over n parts that lie `apart`, each with a sum of values (D), the highest score and the weight of its keys:
+// the same of all of them together, of the sum the d-th number. Scores are logarithms to the base 2.
+__device__ float3 combined(const float* at, int n, int apart, int D, int d) {
+  float highest = LOWEST, y = 0, total = 0;
+  for (int i = 0; i < n; i++) highest = fmaxf(highest, at[i * apart + D]);
+  for (int i = 0; i < n; i++) {
+    const float weight = exp2f(at[i * apart + D] - highest);
+    y = __fmaf_rn(weight, at[i * apart + d], y), total = __fmaf_rn(weight, at[i * apart + D + 1], total);
+  }
+  return {y, highest, total};
+}
+
+// One block for each head of each row. Each warp has some keys and its own softmax over them, of numbers T·64 apart.
+template <int T>
 __device__ void attend(int layer, int rows) {
-  constexpr int B = 4;
-  const int H = m.n_heads, K = m.n_kv_heads, D = m.head_size;
-  float *q = (float*)rest(), *sums = q + D, *scores = sums + WARPS * D;
+  constexpr int B = 8 / T;  // keys under way
+  const int H = m.n_heads, K = m.n_kv_heads, D = m.head_size, mine = lane() / (32 / B);
+  float* const of_warps = (float*)rest();  // (WARPS, D+2)
   AS_IT_IS for (int i = blockIdx.x; i < rows * H; i += gridDim.x) {
-    const int n = now.start + i / H + 1;  // keys that the row sees
-    const int64 head = ((int64)layer * K + i % H / (H / K)) * m.capacity * D;
-    const float *keys = now.keys + head, *values = now.values + head;
-    __syncthreads();
-    for (int d = threadIdx.x; d < D; d += THREADS) q[d] = __ldcg(m.queries + i * D + d);
-    __syncthreads();
-    float highest = LOWEST;
+    const int r = i / H, n = now.start + r + 1;  // keys that the row sees
+    const int64 head = ((int64)layer * K + (i - r * H) / (H / K)) * m.capacity * D;
+    auto at = [=](const float* x, int t) { return __ldcg((const float2*)(x + smaller(2 * lane() + 64 * t, D - 2))); };
+    auto has = [=](int t) { return 2 * lane() + 64 * t < D; };
+    float2 q[T], y[T] = {};
+    UNROLL for (int t = 0; t < T; t++) q[t] = at(m.queries + i * D, t);
+    float highest = LOWEST, total = 0;
     AS_IT_IS for (int key = warp() * B; key < n; key += WARPS * B) {
-      float score[1][B] = {};
-      AS_IT_IS for (int d = 2 * lane(); d < D; d += 64) {
-        float2 k[B];
-        UNROLL for (int b = 0; b < B; b++)
-          k[b] = __ldcg((const float2*)(keys + (int64)smaller(key + b, n - 1) * D + d));
-        UNROLL for (int b = 0; b < B; b++) score[0][b] = __fmaf_rn(q[d + 1], k[b].y, __fmaf_rn(q[d], k[b].x, score[0][b]));
+      float2 k[B][T], v[B][T];
+      UNROLL for (int b = 0; b < B; b++) UNROLL for (int t = 0; t < T; t++) {
+        const int64 row = head + (int64)smaller(key + b, n - 1) * D;
+        k[b][t] = at(now.keys + row, t), v[b][t] = at(now.values + row, t);
       }
-      reduce(score);
-      const int mine = key + lane() / (32 / B);
-      if (lane() % (32 / B) == 0 && mine < n) scores[mine] = score[0][0];
-      if (mine < n) highest = fmaxf(highest, score[0][0]);
-    }
-    highest = most(highest);
-    float total = 0;
-    for (int key = threadIdx.x; key < n; key += THREADS) total += scores[key] = expf(scores[key] - highest);
-    total = sum(total);
-    AS_IT_IS for (int d = 2 * lane(); d < D; d += 64) {
-      float2 y = {0, 0};
-      AS_IT_IS for (int key = warp(); key < n; key += WARPS * B) {
-        float2 v[B];
-        UNROLL for (int b = 0; b < B; b++)
-          v[b] = __ldcg((const float2*)(values + (int64)smaller(key + b * WARPS, n - 1) * D + d));
-        UNROLL for (int b = 0; b < B; b++) {
-          const float p = key + b * WARPS < n ? scores[key + b * WARPS] : 0;
-          y = {__fmaf_rn(p, v[b].x, y.x), __fmaf_rn(p, v[b].y, y.y)};
-        }
+      float scores[1][B] = {};
+      UNROLL for (int t = 0; t < T; t++) UNROLL for (int b = 0; b < B; b++) if (has(t))
+        scores[0][b] = __fmaf_rn(q[t].y, k[b][t].y, __fmaf_rn(q[t].x, k[b][t].x, scores[0][b]));
+      reduce(scores);
+      const bool seen = key + mine < n;
+      float top = seen ? scores[0][0] : LOWEST;
+      UNROLL for (int offset = 16; offset >= 32 / B; offset /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, offset));
+      top = fmaxf(top, highest);
+      const float p = seen ? exp2f(scores[0][0] - top) : 0, before = exp2f(highest - top);
+      float more = p;
+      UNROLL for (int offset = 16; offset >= 32 / B; offset /= 2) more += __shfl_xor_sync(ALL, more, offset);
+      total = __fmaf_rn(total, before, more), highest = top;
+      UNROLL for (int t = 0; t < T; t++) y[t] = {y[t].x * before, y[t].y * before};
+      UNROLL for (int b = 0; b < B; b++) {
+        const float weight = __shfl_sync(ALL, p, b * (32 / B));
+        UNROLL for (int t = 0; t < T; t++)
+          y[t] = {__fmaf_rn(weight, v[b][t].x, y[t].x), __fmaf_rn(weight, v[b][t].y, y[t].y)};
       }
-      sums[warp() * D + d] = y.x, sums[warp() * D + d + 1] = y.y;
     }
+    __syncthreads();
+    float* to = of_warps + warp() * (D + 2);
+    UNROLL for (int t = 0; t < T; t++) if (has(t)) *(float2*)(to + 2 * lane() + 64 * t) = y[t];
+    if (lane() == 0) *(float2*)(to + D) = {highest, total};
     __syncthreads();
     for (int d = threadIdx.x; d < D; d += THREADS) {
-      float y = 0;
-      for (int w = 0; w < WARPS; w++) y += sums[w * D + d];
-      m.mixed[i * D + d] = y / total;
+      const float3 all = combined(of_warps, smaller(WARPS, (n + B - 1) / B), D + 2, D, d);
+      m.mixed[i * D + d] = __fdividef(all.x, all.z);
     }
   }
 }
@@ -394,7 +445,8 @@ __device__ void pass(const int64* ids, int rows, int wanted) {
     const int outputs = kind == QKV ? Q : kind == UP ? F : C;
     product<2>(kind, l, rows, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : outputs / 2);
     AS_IT_IS for (int after = 0; after < (kind == QKV ? 2 : 1); after++) {
-      if (after) attend(l, rows);
+      if (after && m.head_size <= 64) attend<1>(l, rows);
+      else if (after) attend<4>(l, rows);
       meet([&] {
         if (kind == QKV && !after) ahead(layer.out, C * C), ahead(layer.up, F * C);
         else if (kind == QKV) ahead(layer.down, F * C);
@@ -422,13 +474,14 @@ __device__ float* nearby(int n, float* elsewhere) {
   return n <= (int)(SHARED - ((char*)rest() - (char*)memory)) / 4 ? (float*)rest() : elsewhere;
 }
 
-// logits (n) → probabilities, as sampling.Sampling without filters, by one block; a row that is not finite becomes NaN.
-// Returns where the block finds them soonest.
-__device__ const float* probabilities(const float* logits, int n, double temperature, float* probs) {
+__device__ float divisor_of(double temperature) { return temperature > 1.17549435e-38 ? (float)temperature : 1.17549435e-38f; }
+
+// logits (n) → probabilities, as sampling.Sampling without filters, by one block; a row that is not finite becomes NaN
+__device__ void probabilities(const float* logits, int n, double temperature, float* probs) {
   float* row = nearby(n, probs);
   auto near = [=](int i) { return row[i]; };  // of `each`, what the same thread put there
   auto put = [=](int i, float v) { row[i] = v, probs[i] = v; };
-  const float divisor = temperature > 1.17549435e-38 ? (float)temperature : 1.17549435e-38f;
+  const float divisor = divisor_of(temperature);
   float highest = LOWEST, total = 0;
   __syncthreads();
   each(n, [=](int i) { return __ldcg(logits + i); }, [&](int i, float v) { row[i] = v, highest = fmaxf(highest, v), total += v; });
@@ -446,8 +499,6 @@ __device__ const float* probabilities(const float* logits, int n, double tempera
     const float scale = 1 / sum(total);
     each(n, near, [=](int i, float v) { put(i, v * scale); });
   }
-  __syncthreads();
-  return row;
 }
 
 // One index out of n probabilities, or what is proportional to them, for a uniform number, by inversion in float64, as
@@ -475,16 +526,12 @@ __device__ int choose(Load load, int n, double number) {
   const int from = smaller(end, chosen * share + (int)threadIdx.x * some), to = smaller(end, from + some);
   own = 0;
   for (int i = from; i < to; i++) own += load(i);
-  double up_to = own;  // over lanes up to this one
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const double other = __shfl_up_sync(ALL, up_to, offset);
-    if (lane() >= offset) up_to += other;
-  }
+  const double sum_of_lanes = up_to(own);
   __syncthreads();
-  if (lane() == 31) scratch()[warp()] = up_to;
+  if (lane() == 31) scratch()[warp()] = sum_of_lanes;
   __syncthreads();
   for (int w = 0; w < warp(); w++) before += scratch()[w];
-  before += up_to - own;
+  before += sum_of_lanes - own;
   int found = n, last = -1;  // where sums round differently than the total, the last that has a probability
   for (int i = from; i < to; i++) {
     const float v = load(i);
@@ -496,15 +543,119 @@ __device__ int choose(Load load, int n, double number) {
   return found < n ? found : last;
 }
 
+// which of so many ids a block looks after
+struct Slice {
+  int each, from, n;
+  __device__ Slice(int ids, int block)
+      : each((ids + gridDim.x - 1) / gridDim.x), from(smaller(ids, block * each)), n(smaller(ids, from + each) - from) {}
+};
+
+// A number and when it was told, in one piece: who finds the second has the first, whatever order others see.
+__device__ void tell(int64* at, float what, int epoch) { put(at, (int64)epoch << 32 | (unsigned)__float_as_int(what)); }
+template <int B>
+__device__ void listen(const int64* at, int apart, int n, int epoch, float (&heard)[B]) {  // n of them
+  for (bool all = n <= 0; !all;) {
+    int64 raw[B];
+    UNROLL for (int b = 0; b < B; b++) raw[b] = peek(at + apart * smaller(b, n - 1));
+    all = true;
+    UNROLL for (int b = 0; b < B; b++) heard[b] = __int_as_float((int)raw[b]), all = all && (int)(raw[b] >> 32) == epoch;
+  }
+}
+
+// One token for a uniform number, by inversion, and the row that it is drawn from, by all blocks, each of which has its
+// slice of the logits in shared memory. Each tells the others the greatest of them and the weight of all, hears theirs,
+// and looks for the token in the slice where it must be; so they meet only once. What was told is overwritten two
+// epochs later, when all must have heard it. The choice for a row that is not finite is n_choices. One warp does it, of
+// whose lanes each looks at S numbers of a slice at once: a warp alone is slow, and others would have to be waited for.
+template <int S>
+__device__ int draw(const float* logits, const Slice& slice, double temperature, double number, int epoch, float* probs) {
+  constexpr int B = BLOCKS / 32;  // blocks that a lane listens to, most
+  struct Drawn { float highest, scale; int token; };
+  Drawn& drawn = *(Drawn*)(memory + 31);
+  const int ids = m.n_choices;
+  const float rate = LOG2E / divisor_of(temperature);
+  auto weight_of = [=](float v, float highest) { return exp2f((v - highest) * rate); };
+  if (warp() == 0) {
+    int64 *posts = m.posts + epoch % 2 * 2 * BLOCKS, *words = m.words + (int64)(epoch % 2) * ids;
+    float highest = LOWEST, weight = 0;
+    int at = ids;
+    for (int i = lane(); i < slice.n; i += 32) highest = fmaxf(highest, logits[i]);
+    for (int i = lane(); i < slice.n; i += 32) tell(words + slice.from + i, logits[i], epoch);
+    highest = of_warp(highest, Greater());
+    for (int i = lane(); i < slice.n; i += 32) {
+      weight += weight_of(logits[i], highest) + logits[i] * 0;  // NaN unless all are finite
+      if (logits[i] == highest) at = smaller(at, slice.from + i);
+    }
+    weight = of_warp(weight, Plus());
+    if (temperature == 0) at = of_warp(at, Lesser()), highest = isnan(weight) ? weight : highest, weight = __int_as_float(at);
+    if (lane() == 0) tell(posts + 2 * blockIdx.x, highest, epoch), tell(posts + 2 * blockIdx.x + 1, weight, epoch);
+
+    const int per_lane = (gridDim.x + 31) / 32, begin = lane() * per_lane, n = smaller(per_lane, gridDim.x - begin);
+    float tops[B], weights[B];
+    listen(posts + 2 * begin, 2, n, epoch, tops);
+    listen(posts + 2 * begin + 1, 2, n, epoch, weights);
+    highest = LOWEST;
+    bool odd = false;
+    UNROLL for (int b = 0; b < B; b++) if (b < n) highest = fmaxf(highest, tops[b]), odd = odd || isnan(tops[b]) || temperature > 0 && isnan(weights[b]);
+    highest = of_warp(highest, Greater()), odd = __any_sync(ALL, odd);
+    int token = ids;
+    double sums = 1;
+    if (!odd && temperature == 0) {
+      UNROLL for (int b = 0; b < B; b++) if (b < n && tops[b] == highest) token = smaller(token, __float_as_int(weights[b]));
+      token = of_warp(token, Lesser());
+    } else if (!odd) {
+      double own = 0, before;
+      UNROLL for (int b = 0; b < B; b++) weights[b] = b < n ? weights[b] * weight_of(tops[b], highest) : 0, own += weights[b];
+      before = up_to(own), sums = __shfl_sync(ALL, before, 31), before -= own;
+      const double wanted = number * sums;
+      int chosen = -1, last = -1;
+      double start = 0;
+      UNROLL for (int b = 0; b < B; b++) {
+        if (weights[b] > 0 && before <= wanted) chosen = begin + b, start = before;
+        before += weights[b];
+      }
+      const int by = 31 - __clz(__ballot_sync(ALL, chosen >= 0));  // the last lane; there is one, for the first weight begins at 0
+      chosen = __shfl_sync(ALL, chosen, by), start = __shfl_sync(ALL, start, by);
+      const Slice there(ids, chosen);
+      for (int some = 0; some < there.n && token == ids; some += 32 * S) {
+        const int from = there.from + some + lane() * S, n = smaller(S, there.from + there.n - from);
+        float found[S];
+        listen(words + from, 1, n, epoch, found);
+        own = 0;
+        UNROLL for (int b = 0; b < S; b++) found[b] = b < n ? weight_of(found[b], highest) : 0, own += found[b];
+        before = up_to(own);
+        const double all = __shfl_sync(ALL, before, 31);
+        before += start - own, start += all;
+        UNROLL for (int b = 0; b < S; b++) {
+          before += found[b];
+          if (found[b] > 0) last = from + b;
+          if (found[b] > 0 && before > wanted) token = smaller(token, from + b);
+        }
+        token = of_warp(token, Lesser());
+      }
+      if (token == ids) token = of_warp(last, Greater());  // sums round differently than the total: the last with a probability
+    }
+    if (lane() == 0) drawn = {highest, 1 / (float)sums, token};
+  }
+  __syncthreads();
+  const Drawn all = drawn;
+  for (int i = threadIdx.x; i < slice.n; i += THREADS) {
+    const float one = temperature == 0 ? slice.from + i == all.token : weight_of(logits[i], all.highest) * all.scale;
+    probs[slice.from + i] = all.token == ids ? __int_as_float(0x7fc00000) : one;
+  }
+  __syncthreads();
+  return all.token;
+}
+
 }  // namespace
 
 extern "C" {
 
 // R tokens are read; then n are drawn, each for one of the numbers, of which all but the last are read too. If n is 0 the
-// logits (R, N) are written, unless null.
+// logits (R, N) are written, unless null. The epoch is larger by n with each launch.
 __global__ void __launch_bounds__(THREADS, 1)
 specdec_run(const __grid_constant__ Model model, float* keys, float* values, const int64* ids, int rows, int start,
-            float* logits, int n, double temperature, const double* numbers, int64* tokens, float* probs) {
+            float* logits, int n, double temperature, const double* numbers, int64* tokens, float* probs, int epoch) {
   for (int i = threadIdx.x; i < sizeof m / 8; i += THREADS) ((int64*)&m)[i] = ((const int64*)&model)[i];
   AS_IT_IS for (int i = 0; i == 0 || i < n; i++) {
     __syncthreads();
@@ -513,13 +664,13 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
     pass(ids, rows, n ? rows - 1 : 0);
     if (n == 0) return;
     meet([] {});
-    const int n_choices = m.n_choices;
-    if (blockIdx.x == 0) {
-      const float* row = probabilities(m.logits, n_choices, temperature, probs + (int64)i * n_choices);
-      const int token = choose([=](int j) { return row[j]; }, n_choices, numbers[i]);
-      const int known = smaller(token, n_choices - 1);  // after a row of NaN, which the engine sees itself
-      if (threadIdx.x == 0) tokens[i] = token, *m.next = m.offered ? m.offered[known] : known;
-    }
+    const Slice slice(m.n_choices, blockIdx.x);
+    float* own = (float*)rest();
+    for (int j = threadIdx.x; j < slice.n; j += THREADS) own[j] = __ldcg(m.logits + slice.from + j);
+    __syncthreads();
+    const int token = draw<12>(own, slice, temperature, numbers[i], epoch + i, probs + (int64)i * m.n_choices);
+    const int known = smaller(token, m.n_choices - 1);  // after a row of NaN, which the engine sees itself
+    if (blockIdx.x == 0 && threadIdx.x == 0) tokens[i] = token, *m.next = m.offered ? m.offered[known] : known;
     if (i + 1 < n) meet([] {});
     ids = m.next, start += rows, rows = 1;
   }

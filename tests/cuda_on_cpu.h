@@ -24,6 +24,8 @@
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
+struct float3 { float x, y, z; };
+struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x; };
 
@@ -45,6 +47,7 @@ struct Meeting {  // of threads of a block or lanes of a warp; what they bring l
 };
 
 struct Block {
+  int index;
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
@@ -53,6 +56,9 @@ struct Block {
 
 inline jmp_buf scheduler;
 inline Block* block;
+inline std::vector<Block> all;
+inline std::vector<int64_t> arrived;  // threads at the barriers of a cluster, since the launch
+inline int blocks_of_cluster;
 inline bool spinning;
 inline void (*entry)(void**);
 inline void** arguments;
@@ -95,11 +101,14 @@ T shuffle(T value, int from) {
   return value;
 }
 
-inline void run(void (*kernel)(void**), int blocks, int threads, int bytes, void** given) {
+inline void run(void (*kernel)(void**), int blocks, int cluster, int threads, int bytes, void** given) {
   entry = kernel, arguments = given;
   gridDim.x = blocks, blockDim.x = threads;
-  std::vector<Block> all(blocks);
+  all = std::vector<Block>(blocks);
+  arrived = std::vector<int64_t>(blocks / cluster);
+  blocks_of_cluster = cluster;
   for (Block& b : all) {
+    b.index = (int)(&b - all.data());
     b.fibers = std::vector<Fiber>(threads);
     b.warps = std::vector<Meeting>(threads / 32);
     b.memory = std::make_unique<char[]>(bytes);
@@ -158,6 +167,15 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return on_cpu::shuffle(value, threadIdx.x % 32 ^ mask); }
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int by) { return on_cpu::shuffle(value, threadIdx.x % 32 - by); }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const uint64_t* row = on_cpu::meet(on_cpu::block->warps[threadIdx.x / 32], 32, threadIdx.x % 32, value);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; i++) bits |= (unsigned)row[i] << i;
+  return bits;
+}
+inline bool __any_sync(unsigned all, bool value) { return __ballot_sync(all, value); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) { return on_cpu::shuffle(value, from); }
 template <typename T>
 T __ldg(const T* at) { return *at; }
 template <typename T>
@@ -178,7 +196,65 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline float __int_as_float(int bits) { return __uint_as_float(bits); }
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __clz(unsigned x) { return __builtin_clz(x); }
+inline void put(long long* at, long long value) { *at = value; }
+inline long long peek(const long long* at) {
+  on_cpu::spinning = true;
+  on_cpu::yield();
+  return *at;
+}
+
+// clusters: shared memory of another block lies where the scheduler keeps it
+inline int cluster_size() { return on_cpu::blocks_of_cluster; }
+inline int cluster_rank() { return blockIdx.x % cluster_size(); }
+template <typename T>
+T* distant(T* at, unsigned rank) {
+  on_cpu::Block& other = on_cpu::all[blockIdx.x - cluster_rank() + rank];
+  return other.index == blockIdx.x ? at : (T*)(other.memory.get() + ((char*)at - (char*)memory));
+}
+inline void meet_cluster() {
+  const int64_t all = cluster_size() * blockDim.x, mine = ++on_cpu::arrived[blockIdx.x / cluster_size()];
+  while (on_cpu::arrived[blockIdx.x / cluster_size()] < (mine + all - 1) / all * all) on_cpu::spinning = true, on_cpu::yield();
+}
+
+struct Gate {  // in the 8 bytes of an mbarrier
+  int bytes;  // that are expected and have not come
+  short expects, passed;
+};
+inline void settle(Gate& gate) {
+  if (gate.expects && gate.bytes == 0) gate.expects = 0, gate.passed++;
+}
+inline void build(long long* gate) { *(Gate*)gate = {}; }
+inline void expect(long long* at, int bytes) {
+  Gate& gate = *(Gate*)at;
+  gate.bytes += bytes, gate.expects = 1;
+  settle(gate);
+}
+inline bool passes(long long* gate, int parity) {
+  on_cpu::spinning = true;
+  on_cpu::yield();
+  return ((Gate*)gate)->passed % 2 != parity;
+}
+inline unsigned distance(int block) { return block; }
+template <typename T>
+void give(T* at, unsigned distance, T value, long long* at_gate) {
+  *distant(at, distance) = value;
+  Gate& gate = *(Gate*)distant(at_gate, distance);
+  gate.bytes -= sizeof value;
+  settle(gate);
+}
+inline void copy(uint4* to, const uint4* from) { *to = *from; }
+inline void copied() {}
 using std::isfinite;
+using std::isnan;
 
 // after the kernels: `launch` by name
-#define KERNEL(name) if (std::string(kernel) == #name) return on_cpu::run(on_cpu::kernel_of<name>, blocks, threads, bytes, given);
+#define KERNEL(name) if (std::string(kernel) == #name) return on_cpu::run(on_cpu::kernel_of<name>, blocks, cluster, threads, bytes, given);

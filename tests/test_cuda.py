@@ -16,12 +16,12 @@ from specdec.inference import trimmed
 from specdec.sampling import Numbers, Randomness, Sampling, token_wise
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-SOURCE = f"""#include "{cuda.SOURCE}"
-extern "C" void launch(const char* kernel, int blocks, int threads, int bytes, void** given) {{
+SOURCE = "\n".join(f'#include "{path}"' for path in cuda.SOURCES) + f"""
+extern "C" void launch(const char* kernel, int blocks, int cluster, int threads, int bytes, void** given) {{
   {" ".join(f"KERNEL(specdec_{name})" for name in cuda.ARGUMENTS)}
 }}
 """
-FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -w -DLEAST=1"
+FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -w -U_FORTIFY_SOURCE -DLEAST=1 -DKEYS=20"
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +31,9 @@ def emulator(tmp_path_factory):
     header = Path(__file__).with_name("cuda_on_cpu.h")
 
     class Emulated:
-        threads = 64
+        threads, cluster, keys = 64, 4, 20
 
-        def __init__(self, dtype, device, blocks, most):
+        def __init__(self, dtype, device, blocks, clusters, most):
             if (dtype, most) not in libraries:
                 path = folder / f"{cuda.WEIGHTS[dtype]}-{most}.so"
                 options = *FLAGS.split(), f"-DTHREADS={self.threads}", f"-DW={cuda.WEIGHTS[dtype]}", f"-DSHARED={most}"
@@ -41,15 +41,16 @@ def emulator(tmp_path_factory):
                 compiler = shutil.which("g++") or shutil.which("c++")
                 subprocess.run([compiler, *options, "-", "-o", str(path)], input=SOURCE.encode(), check=True)
                 libraries[dtype, most] = ctypes.CDLL(str(path))
-            self.library, self.blocks, self.most = libraries[dtype, most], blocks, most
+            self.library, self.most = libraries[dtype, most], most
+            self.blocks, self.clusters = blocks, clusters
 
-        def launch(self, name, blocks, arguments):
-            self.library.launch(f"specdec_{name}".encode(), blocks, self.threads, self.most, arguments)
+        def launch(self, name, blocks, arguments, cluster):
+            self.library.launch(f"specdec_{name}".encode(), blocks, cluster, self.threads, self.most, arguments)
 
     return Emulated
 
 
-BLOCKS, MOST_SHARED = 3, 224 << 10
+BLOCKS, CLUSTERS, MOST_SHARED = 3, 2, 224 << 10
 
 
 @pytest.fixture(params=[
@@ -59,7 +60,7 @@ BLOCKS, MOST_SHARED = 3, 224 << 10
 def device(request, monkeypatch):
     if request.param == "cpu":
         emulated = request.getfixturevalue("emulator")
-        monkeypatch.setattr(cuda, "kernels", lambda dtype, device: emulated(dtype, device, BLOCKS, MOST_SHARED))
+        monkeypatch.setattr(cuda, "kernels", lambda dtype, device: emulated(dtype, device, BLOCKS, CLUSTERS, MOST_SHARED))
         cuda.call.cache_clear()
     yield torch.device(request.param)
     cuda.call.cache_clear()
@@ -123,17 +124,24 @@ def test_a_row_has_the_same_bits_in_any_company(dtype, blocks, device, monkeypat
     assert torch.equal(fast(ids, cache), logits)
 
 
+WIDE = {"context": 40, "vocab_size": 90, "n_ids": 70, "width": 64, "n_heads": 4, "scale": 2.0}  # as draft.cu divides it
 SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7), Sampling(1e-40), Sampling(0.7, top_k=4, top_p=0.9)]
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2, "n_layers": 1}, {"n_heads": 6, "n_kv_heads": 3, "width": 96, "activation": "relu2"}], ids=str)
+@pytest.mark.parametrize("clusters", [0, 1, 3])
 @pytest.mark.parametrize("offered", [None, [0, 2, 3, 7, 8, 11]], ids=str)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_cuda_drafts_are_the_same_drafts(sampling, offered, device):
-    """After a prompt, one token, several; tokens are fed back as ids of the whole vocabulary."""
-    model = make_model(context=40, vocab_size=90, n_ids=70).to(device, torch.float32)
+def test_cuda_drafts_are_the_same_drafts(sampling, offered, clusters, shape, device, monkeypatch):
+    """After a prompt, one token, several; tokens are fed back as ids of the whole vocabulary. By clusters and without,
+    which is how larger models draft; whatever stands in the cache beyond the text."""
+    monkeypatch.setattr(f"{__name__}.CLUSTERS", clusters)
+    model = make_model(**WIDE | shape).to(device, torch.float32)
     model = model if offered is None else trimmed(model, torch.tensor(offered, device=device))
     fast, model = CudaModel(model), model.double()
+    assert fast.draft is not None or not clusters
+    fast.draft = fast.draft if clusters else None
     cache, other = model.new_cache(), fast.new_cache()
     for seed, (rows, n) in enumerate(((20, 3), (1, 1), (1, 4), (2, 5), (3, 1))):
         ids = torch.randint(0, 5, (1, rows), generator=torch.Generator().manual_seed(rows)).to(device)
