@@ -23,7 +23,9 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cu", "draft.cu")]
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 ARGUMENTS = {
     "run": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int),
-    "draft": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int),
+    "draft": (
+        c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int, c_int,
+    ),
     "probabilities": (c_void_p, c_int64, c_int, c_double, c_void_p),
     "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p),
 }
@@ -80,7 +82,7 @@ class Kernels:
             self.most = properties.shared_memory_per_block_optin - STATIC  # bytes that a launch may ask for
             self.driver, self.module, self.functions = ctypes.CDLL("libcuda.so.1"), c_void_p(), {}
             self.check(self.driver.cuModuleLoadData(byref(self.module), compiled(WEIGHTS[dtype], device, self.most)))
-            has_clusters = properties.major >= 9
+            self.configurations, has_clusters = {}, properties.major >= 9
             for name in ARGUMENTS:
                 if name == "draft" and not has_clusters:
                     continue
@@ -98,10 +100,13 @@ class Kernels:
         return min(n.value, BLOCKS // self.cluster)
 
     def configuration(self, blocks: int, cluster: int) -> _Config:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        size = _ClusterSize(4, 0, cluster, 1, 1)  # CLUSTER_DIMENSION
-        config = _Config(blocks, 1, 1, self.threads, 1, 1, self.most, stream, addressof(size), cluster > 1)
-        config.kept = size
+        """The same object whenever a launch is alike, because to make one takes longer than to fill in a stream."""
+        if (blocks, cluster) not in self.configurations:
+            size = _ClusterSize(4, 0, cluster, 1, 1)  # CLUSTER_DIMENSION
+            config = _Config(blocks, 1, 1, self.threads, 1, 1, self.most, None, addressof(size), cluster > 1)
+            self.configurations[blocks, cluster] = config, size
+        config, _ = self.configurations[blocks, cluster]
+        config.stream = torch.cuda.current_stream(self.device).cuda_stream
         return config
 
     def check(self, error: int) -> None:
@@ -206,7 +211,8 @@ class CudaModel:
         c, n, warps = self.config, self.kernels.cluster, self.kernels.threads // 32
         C, D, H, K = c.width, c.head_size, c.n_heads, c.n_kv_heads
         Q, F, L, parts = (H + 2 * K) * D, 4 * C, c.n_layers, n // K
-        if not self.kernels.clusters or D > 64 or H // K > 4 or any(x % n for x in (Q // 2, C, F // 4)):
+        in_order = self.offered is None or bool((self.offered.diff() > 0).all())
+        if not in_order or not self.kernels.clusters or D > 64 or H // K > 4 or any(x % n for x in (Q // 2, C, F // 4)):
             return False
         weights = L * (Q * C + C * C + 2 * F * C) // n * self.dtype.itemsize
         numbers = (2 * L + 1) * C + C + Q + C + F + (H * parts + warps * (H // K)) * (D + 2)
@@ -237,7 +243,7 @@ class CudaModel:
         self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int = 1
     ) -> tuple[Tensor, Tensor]:
         """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from. The last one is not read."""
-        if ids.shape[1] > 2:  # a prompt
+        if ids.shape[1] > MOST:  # a prompt
             self.read(ids[:, :-1], cache)
             ids = ids[:, -1:]
         if sampling.filters:
@@ -246,12 +252,33 @@ class CudaModel:
         start = cache.append(rows + n - 1)
         tokens = torch.empty(n, dtype=torch.long, device=self.device)
         probs = torch.empty(n, self.n_choices, device=self.device)
-        drawn = n, sampling.temperature, randomness.uniforms(n), tokens, probs, self.epoch
-        if self.draft:
-            size = self.kernels.cluster
-            self.draft(self.kernels.clusters * size, cache.k, cache.v, ids, rows, start, *drawn, cluster=size)
-        else:
-            self.run(self.kernels.blocks, cache.k, cache.v, ids, rows, start, None, *drawn)
+        self.run(
+            self.kernels.blocks, cache.k, cache.v, ids, rows, start, None, n, sampling.temperature, randomness.uniforms(n),
+            tokens, probs, self.epoch,
+        )  # fmt: skip
+        self.epoch += n
+        return tokens, probs
+
+    def propose(
+        self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """`draw` by clusters of blocks, of ids and rows over the whole vocabulary whatever the model offers; None where that
+        cannot be. ids on the CPU are given to the kernel as they are."""
+        if self.draft is None or sampling.filters:
+            return None
+        if ids.shape[1] > 2:  # a prompt
+            self.read(ids[:, :-1], cache)
+            ids = ids[:, -1:]
+        rows, size, ids, given = ids.shape[1], self.kernels.cluster, ids[0], (0, 0)
+        if ids.is_cpu:
+            ids, given = None, (int(ids[0]), int(ids[-1]))
+        start = cache.append(rows + n - 1)
+        tokens = torch.empty(n, dtype=torch.long, device=self.device)
+        probs = torch.empty(n, self.config.n_ids, device=self.device)
+        self.draft(
+            self.kernels.clusters * size, cache.k, cache.v, ids, *given, rows, start, n, sampling.temperature,
+            randomness.uniforms(n), tokens, probs, self.config.n_ids, self.epoch, cluster=size,
+        )  # fmt: skip
         self.epoch += n
         return tokens, probs
 

@@ -94,11 +94,13 @@ __device__ void dot(Piece piece, const float* x, const float* gains, int width, 
 
 extern "C" {
 
-// R tokens are read; then n are drawn, each for one of the numbers, of which all but the last are read too. The epoch is
-// larger by n with each launch.
+// One or two tokens are read, which are given as they are unless there are ids; then n are drawn, each for one of the
+// numbers, of which all but the last are read too. They are ids of the whole vocabulary, as are the rows (n, n_ids). The
+// epoch is larger by n with each launch.
 __global__ void __launch_bounds__(THREADS, 1)
-specdec_draft(const __grid_constant__ Model model, float* keys, float* values, const int64* ids, int rows, int start, int n,
-              double temperature, const double* numbers, int64* tokens, float* probs, int epoch) {
+specdec_draft(const __grid_constant__ Model model, float* keys, float* values, const int64* ids, int64 first, int64 second,
+              int rows, int start, int n, double temperature, const double* numbers, int64* tokens, float* probs, int n_ids,
+              int epoch) {
   for (int i = threadIdx.x; i < sizeof m / 8; i += THREADS) ((int64*)&m)[i] = ((const int64*)&model)[i];
   __syncthreads();
   const int blocks = cluster_size(), rank = cluster_rank();
@@ -107,6 +109,10 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   const int pairs = Q / 2 / blocks, own = C / blocks, inner_own = F / blocks;  // rows of this block
   const float eps = m.norm_eps;
   const Slice slice(m.n_choices, blockIdx.x);
+  // what this block offers lies between its first id and the next block's
+  auto offered = [=](int choice) { return m.offered ? (int)__ldg(m.offered + choice) : choice; };
+  const int lowest = slice.from ? offered(smaller(slice.from, m.n_choices - 1)) : 0;
+  const int beyond = slice.from + slice.n < m.n_choices ? offered(slice.from + slice.n) : n_ids;
 
   int64* const gates = (int64*)(memory + 28);
   W* const kept = (W*)(memory + 32);
@@ -154,7 +160,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
     const int position = start + i, drawn = i - (rows - 1);
     const double number = drawn < 0 ? 0 : __ldg(numbers + drawn);
     if (drawn <= 0) {
-      const int64 id = __ldg(ids + i), known = id < 0 ? 0 : id < m.n_ids ? id : m.n_ids - 1;
+      const int64 id = ids ? __ldg(ids + i) : i ? second : first, known = id < 0 ? 0 : id < m.n_ids ? id : m.n_ids - 1;
       embedded = m.embedding + known * C;
     }
     for (int c = threadIdx.x; c < C / 4; c += THREADS) ((float4*)x)[c] = four(embedded + 4 * c);
@@ -270,6 +276,8 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
     }
     if (drawn < 0) continue;
 
+    float* const row = probs + (int64)drawn * n_ids;
+    if (slice.n) for (int j = lowest + threadIdx.x; j < beyond; j += THREADS) row[j] = 0;
     constexpr int ROWS = 5;
     AS_IT_IS for (int r = ROWS * warp(); r < slice.n; r += ROWS * WARPS) {
       float sums[ROWS];
@@ -279,9 +287,10 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       UNROLL for (int g = 0; g < ROWS; g++) if (lane() == g && r + g < slice.n) logits[r + g] = sums[g];
     }
     __syncthreads();
-    const int token = draw<4>(logits, slice, temperature, number, epoch + drawn, probs + (int64)drawn * m.n_choices);
-    embedded = m.drawn + (int64)smaller(token, m.n_choices - 1) * C;  // after a row of NaN, which the engine sees itself
-    if (blockIdx.x == 0 && threadIdx.x == 0) tokens[drawn] = token;
+    const int token = draw<4>(logits, slice, temperature, number, epoch + drawn, [=](int choice, float p) { row[offered(choice)] = p; });
+    const int choice = smaller(token, m.n_choices - 1);  // after a row of NaN, which the engine sees itself
+    embedded = m.drawn + (int64)choice * C;
+    if (blockIdx.x == 0 && threadIdx.x == 0) tokens[drawn] = token < m.n_choices ? offered(token) : n_ids;
   }
 }
 }

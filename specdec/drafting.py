@@ -116,7 +116,9 @@ class ChainedDraftModel(DraftModel):
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         if k == 0:
             return no_draft(self.n_ids, self.model.device)
-        unread = torch.tensor([text[self.cache.length :]], device=self.model.device)  # as in DraftModel: (1, 1 or 2)
+        unread = torch.tensor([text[self.cache.length :]])  # as in DraftModel: (1, 1 or 2); on the CPU, where it is known
+        if proposal := self.model.propose(unread, self.cache, sampling, randomness, k):
+            return Draft(*proposal)
         tokens, q = self.offered(*self.model.draw(unread, self.cache, sampling, randomness, k))
         return Draft(tokens, self.spread(q))
 

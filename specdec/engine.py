@@ -119,6 +119,7 @@ def speculate(
     trace.mark()
     prefill(target, text, cache)
     trace.mark("prefill")
+    following = torch.tensor(text[-1:], device=target.device)  # (1,), the newest token, which the target has not read
 
     while len(text) < limit:
         start = len(text)
@@ -128,7 +129,7 @@ def speculate(
         trace.mark("draft")
 
         # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
-        unread = torch.cat([torch.tensor(text[cache.length :], device=target.device), drafted])
+        unread = torch.cat([following, drafted])
         if len(drafted):
             logits = target(unread[None], cache)[0, :, : target.config.n_ids]  # (k+1, V)
             p = sampling.probs(logits, "target")
@@ -141,9 +142,9 @@ def speculate(
             accepted = 0
             trace.mark("verify")
         decision = torch.cat([torch.as_tensor(accepted, device=target.device)[None], drafted, following])
-        accepted, *proposal, following = decision.tolist()  # the only time that the host waits for the device
-        _checked(following, target.config.n_ids, "target", q)
-        emitted = proposal[:accepted] + [following]
+        accepted, *proposal, newest = decision.tolist()  # the only time that the host waits for the device
+        _checked(newest, target.config.n_ids, "target", q)
+        emitted = proposal[:accepted] + [newest]
         for i, token in enumerate(emitted):
             if token in stop:
                 emitted, reason, limit = emitted[: i + 1], "stop", start + i + 1

@@ -567,8 +567,8 @@ __device__ void listen(const int64* at, int apart, int n, int epoch, float (&hea
 // and looks for the token in the slice where it must be; so they meet only once. What was told is overwritten two
 // epochs later, when all must have heard it. The choice for a row that is not finite is n_choices. One warp does it, of
 // whose lanes each looks at S numbers of a slice at once: a warp alone is slow, and others would have to be waited for.
-template <int S>
-__device__ int draw(const float* logits, const Slice& slice, double temperature, double number, int epoch, float* probs) {
+template <int S, typename Keep>
+__device__ int draw(const float* logits, const Slice& slice, double temperature, double number, int epoch, Keep keep) {
   constexpr int B = BLOCKS / 32;  // blocks that a lane listens to, most
   struct Drawn { float highest, scale; int token; };
   Drawn& drawn = *(Drawn*)(memory + 31);
@@ -641,7 +641,7 @@ __device__ int draw(const float* logits, const Slice& slice, double temperature,
   const Drawn all = drawn;
   for (int i = threadIdx.x; i < slice.n; i += THREADS) {
     const float one = temperature == 0 ? slice.from + i == all.token : weight_of(logits[i], all.highest) * all.scale;
-    probs[slice.from + i] = all.token == ids ? __int_as_float(0x7fc00000) : one;
+    keep(slice.from + i, all.token == ids ? __int_as_float(0x7fc00000) : one);
   }
   __syncthreads();
   return all.token;
@@ -668,7 +668,8 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
     float* own = (float*)rest();
     for (int j = threadIdx.x; j < slice.n; j += THREADS) own[j] = __ldcg(m.logits + slice.from + j);
     __syncthreads();
-    const int token = draw<12>(own, slice, temperature, numbers[i], epoch + i, probs + (int64)i * m.n_choices);
+    float* const row = probs + (int64)i * m.n_choices;
+    const int token = draw<12>(own, slice, temperature, numbers[i], epoch + i, [=](int choice, float p) { row[choice] = p; });
     const int known = smaller(token, m.n_choices - 1);  // after a row of NaN, which the engine sees itself
     if (blockIdx.x == 0 && threadIdx.x == 0) tokens[i] = token, *m.next = m.offered ? m.offered[known] : known;
     if (i + 1 < n) meet([] {});

@@ -95,10 +95,19 @@ class Randomness:
     def __init__(self, seed: int | None = None, device: str | torch.device = "cpu"):
         self.generator = torch.Generator(device)
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self.ahead, self.used = None, 0
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) float64 in [0, 1), multiples of 2⁻⁵³."""
-        return torch.rand(n, dtype=torch.float64, generator=self.generator, device=self.generator.device)
+        if self.generator.device.type == "cpu":
+            return torch.rand(n, dtype=torch.float64, generator=self.generator)
+        # a call of an accelerator takes as long for many numbers as for one
+        if self.ahead is None or self.used + n > len(self.ahead):
+            many = max(n, 1024)
+            self.ahead = torch.rand(many, dtype=torch.float64, generator=self.generator, device=self.generator.device)
+            self.used = 0
+        self.used += n
+        return self.ahead[self.used - n : self.used]
 
     def choose(self, probs: Tensor) -> Tensor:
         """One index (1,) drawn from probs (V,), by inversion in float64.

@@ -129,19 +129,13 @@ SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7), Sampling(1e-40), Sampling(0
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2, "n_layers": 1}, {"n_heads": 6, "n_kv_heads": 3, "width": 96, "activation": "relu2"}], ids=str)
-@pytest.mark.parametrize("clusters", [0, 1, 3])
 @pytest.mark.parametrize("offered", [None, [0, 2, 3, 7, 8, 11]], ids=str)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_cuda_drafts_are_the_same_drafts(sampling, offered, clusters, shape, device, monkeypatch):
-    """After a prompt, one token, several; tokens are fed back as ids of the whole vocabulary. By clusters and without,
-    which is how larger models draft; whatever stands in the cache beyond the text."""
-    monkeypatch.setattr(f"{__name__}.CLUSTERS", clusters)
-    model = make_model(**WIDE | shape).to(device, torch.float32)
+def test_cuda_drafts_are_the_same_drafts(sampling, offered, device):
+    """After a prompt, one token, several; tokens are fed back as ids of the whole vocabulary."""
+    model = make_model(context=40, vocab_size=90, n_ids=70).to(device, torch.float32)
     model = model if offered is None else trimmed(model, torch.tensor(offered, device=device))
     fast, model = CudaModel(model), model.double()
-    assert fast.draft is not None or not clusters
-    fast.draft = fast.draft if clusters else None
     cache, other = model.new_cache(), fast.new_cache()
     for seed, (rows, n) in enumerate(((20, 3), (1, 1), (1, 4), (2, 5), (3, 1))):
         ids = torch.randint(0, 5, (1, rows), generator=torch.Generator().manual_seed(rows)).to(device)
@@ -157,6 +151,66 @@ def test_cuda_drafts_are_the_same_drafts(sampling, offered, clusters, shape, dev
             ids = (token if offered is None else model.offered[token])[None, None]
         cut = cache.length - n % 2
         cache.truncate(cut), other.truncate(cut)
+
+
+SOME = [0, 2, 3, 7, 8, 11, 12, 40, 41]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("temperature, clusters, offered, shape, dtype", [
+    (1.0, 1, SOME, {}, torch.bfloat16),
+    (1.0, 3, None, {"n_kv_heads": 2, "n_layers": 1}, torch.bfloat16),
+    (0.7, 2, None, {"n_heads": 6, "n_kv_heads": 3, "width": 96, "activation": "relu2"}, torch.bfloat16),
+    (0.0, 2, SOME, {"n_ids": 64}, torch.bfloat16),
+    (1e-40, 3, None, {}, torch.float32),
+    (1.0, 2, None, {}, torch.float32),
+])  # fmt: skip
+def test_clusters_draft_the_same(temperature, clusters, offered, shape, dtype, device, monkeypatch):
+    """Of the whole vocabulary, whatever stands in the cache beyond the text; up to the end of the context."""
+    monkeypatch.setattr(f"{__name__}.CLUSTERS", clusters)
+    sampling, generator = Sampling(temperature), torch.Generator().manual_seed(5)
+    model = make_model(**WIDE | shape).to(device, dtype)
+    model = model if offered is None else trimmed(model, torch.tensor(offered, device=device))
+    fast, model = CudaModel(model), model.double()
+    cache, other = model.new_cache(), fast.new_cache()
+    other.k.fill_(torch.nan), other.v.fill_(torch.nan)
+    n_ids, seen = model.config.n_ids, set()
+    for seed, (rows, n, kept) in enumerate(((1, 3, 2), (20, 1, 20), (2, 7, 25), (2, 14, 0), (1, 2, 0))):
+        ids = torch.randint(0, 5, (1, rows), generator=generator)
+        numbers = Randomness(seed, device).uniforms(n)
+        tokens, probs = fast.propose(ids if seed % 2 else ids.to(device), other, sampling, Numbers(numbers), n)
+        assert tokens.shape == (n,) and probs.shape == (n, n_ids) and other.length == cache.length + rows + n - 1
+        chance, ids = Numbers(numbers), ids.to(device)
+        for token, row in zip(tokens, probs):
+            theirs = sampling.probs_or_nan(model(ids, cache)[0, -1, : n_ids if offered is None else len(offered)])
+            choice = chance.choose(theirs)
+            if offered is not None:
+                theirs, choice = theirs.new_zeros(n_ids).index_copy(0, model.offered, theirs), model.offered[choice]
+            near(row, theirs)
+            assert token == choice
+            ids = token[None, None]
+            seen.add(int(token))
+        near(other.k[:, :, :, : cache.length], cache.k[:, :, :, : cache.length])
+        cache.truncate(kept), other.truncate(kept)
+    assert len(seen) > 1
+
+
+@torch.inference_mode()
+def test_what_clusters_do_not_draft(device):
+    """Models that are too large or not to be divided, and samplings with filters, are drafted from in the other way."""
+    ids, asked = torch.tensor([[1]]), (Sampling(), Randomness(0, device), 2)
+    shapes = {"context": 8000}, {"n_heads": 6, "width": 96}, {"n_heads": 1, "width": 80}, {"n_layers": 9, "width": 256}
+    for shape in shapes:
+        fast = CudaModel(make_model(**WIDE | shape).to(device, torch.float32))
+        assert fast.propose(ids, fast.new_cache(), *asked) is None, shape
+    fits = make_model(**WIDE).to(device, torch.float32)
+    assert CudaModel(trimmed(fits, torch.tensor([3, 1], device=device))).draft is None  # ids that are in no order
+    fast = CudaModel(fits)
+    assert fast.propose(ids, fast.new_cache(), Sampling(top_k=2), *asked[1:]) is None
+    fits.head.weight.data[0, 0] = torch.nan
+    fast = CudaModel(fits)
+    tokens, probs = fast.propose(ids, fast.new_cache(), *asked)
+    assert tokens.tolist() == [70, 70] and probs.isnan().all()
 
 
 @torch.inference_mode()
