@@ -26,8 +26,8 @@ ARGUMENTS = {
     "draft": (
         c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int, c_int,
     ),
-    "probabilities": (c_void_p, c_int64, c_int, c_double, c_void_p),
-    "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p),
+    "probabilities": (c_void_p, c_int64, c_int, c_int, c_double, c_void_p, c_void_p, c_int),
+    "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int),
 }
 
 
@@ -138,9 +138,21 @@ class Call:
         self.kernels.launch(self.name, blocks, self.places, cluster)
 
 
+class Shared(Call):
+    """A kernel without a model, whose blocks tell each other something; its last two arguments are added here."""
+
+    def __init__(self, kernels: Kernels, name: str, device: torch.device):
+        super().__init__(kernels, name)
+        self.posts, self.epoch = torch.zeros(2 * BLOCKS, dtype=torch.long, device=device), 0
+
+    def __call__(self, blocks: int, *arguments) -> None:
+        self.epoch += 1
+        super().__call__(blocks, *arguments, self.posts, self.epoch)
+
+
 @cache
-def call(name: str, device: torch.device) -> Call:
-    return Call(kernels(torch.float32, device), name)
+def call(name: str, device: torch.device) -> Shared:
+    return Shared(kernels(torch.float32, device), name, device)
 
 
 class _Model(Structure):
@@ -216,7 +228,7 @@ class CudaModel:
             return False
         weights = L * (Q * C + C * C + 2 * F * C) // n * self.dtype.itemsize
         numbers = (2 * L + 1) * C + C + Q + C + F + (H * parts + warps * (H // K)) * (D + 2)
-        numbers += -(-self.n_choices // (n * self.kernels.clusters)) + 6 + 4 * Q // 2 // n
+        numbers += 2 * -(-self.n_choices // (n * self.kernels.clusters)) + 6 + 4 * Q // 2 // n + D + 2 * C
         return c.context <= parts * warps * self.kernels.keys and 512 + weights + 4 * numbers <= self.kernels.most
 
     def new_cache(self) -> KVCache:
@@ -309,7 +321,11 @@ class CudaSampling(Sampling):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         probs = torch.empty(logits.shape, device=logits.device)
         launch, n = call("probabilities", logits.device), logits.shape[1]
-        launch(len(logits), logits, logits.stride(0), n, self.temperature, probs)
+        rows, room = len(logits), launch.kernels.most - 4096
+        blocks = launch.kernels.blocks // max(1, rows)  # of a row
+        if not rows or not blocks or -(-n // blocks) * 4 > room:
+            return self.probs_or_nan(logits)
+        launch(rows * blocks, logits, logits.stride(0), n, rows, self.temperature, probs)
         return probs
 
 
@@ -322,5 +338,6 @@ def cuda_token_wise(
     k, n = draft_probs.shape
     rows = [x.contiguous() for x in (drafted, draft_probs, target_probs, randomness.uniforms(k + 1))]
     decision = torch.empty(2, dtype=torch.long, device=drafted.device)
-    call("decide", drafted.device)(1, *rows, k, n, decision)
+    decide = call("decide", drafted.device)
+    decide(decide.kernels.blocks, *rows, k, n, decision)
     return decision[0], decision[1:]

@@ -62,12 +62,11 @@ __device__ void keep(W* to, int n_rows, int width, Row row) {
     copy((uint4*)to + i, (const uint4*)row(i / pieces) + i % pieces);
 }
 
-// G rows of weights, of which piece(g, i) is the i-th vector of the g-th, · x; with NORM of x normalised, with gains. Every
-// lane gets the sums.
+// G rows of weights, of which piece(g, i) is the i-th vector of the g-th, · x; with NORM of x normalised, with gains. A lane
+// gets the sum of row lane/(32/G).
 template <int G, bool NORM, typename Piece>
-__device__ void dot(Piece piece, const float* x, const float* gains, int width, float eps, float (&sums)[G]) {
-  float squares = 0;
-  UNROLL for (int g = 0; g < G; g++) sums[g] = 0;
+__device__ float dot(Piece piece, const float* x, const float* gains, int width, float eps) {
+  float squares = 0, sums[1][G] = {};
   AS_IT_IS for (int i = lane(); i < width / 8; i += 32) {
     uint4 raw[G][PIECE];
     UNROLL for (int g = 0; g < G; g++) UNROLL for (int v = 0; v < PIECE; v++) raw[g][v] = piece(g, i * PIECE + v);
@@ -79,15 +78,11 @@ __device__ void dot(Piece piece, const float* x, const float* gains, int width, 
       UNROLL for (int j = 0; j < 8; j++) squares = __fmaf_rn(numbers[j], numbers[j], squares), numbers[j] *= by[j];
     }
     UNROLL for (int j = 0; j < 8; j++) UNROLL for (int g = 0; g < G; g++)
-      sums[g] = __fmaf_rn(weight(raw[g], j), numbers[j], sums[g]);
+      sums[0][g] = __fmaf_rn(weight(raw[g], j), numbers[j], sums[0][g]);
   }
-  UNROLL for (int offset = 16; offset; offset /= 2) {
-    UNROLL for (int g = 0; g < G; g++) sums[g] += __shfl_xor_sync(ALL, sums[g], offset);
-    if (NORM) squares += __shfl_xor_sync(ALL, squares, offset);
-  }
-  if (!NORM) return;
-  const float scale = rsqrtf(__fdividef(squares, width) + eps);
-  UNROLL for (int g = 0; g < G; g++) sums[g] *= scale;
+  reduce(sums);
+  if (!NORM) return sums[0][0];
+  return sums[0][0] * rsqrtf(__fdividef(of_warp(squares, Plus()), width) + eps);
 }
 
 }  // namespace
@@ -108,11 +103,12 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   const int G = H / K, n_parts = blocks / K, kv = rank % K, part = rank / K;  // a block has every n_parts-th key of a head
   const int pairs = Q / 2 / blocks, own = C / blocks, inner_own = F / blocks;  // rows of this block
   const float eps = m.norm_eps;
-  const Slice slice(m.n_choices, blockIdx.x);
+  const int64 capacity = m.capacity;
+  const Slice slice(m.n_choices, blockIdx.x, gridDim.x);
   // what this block offers lies between its first id and the next block's
-  auto offered = [=](int choice) { return m.offered ? (int)__ldg(m.offered + choice) : choice; };
-  const int lowest = slice.from ? offered(smaller(slice.from, m.n_choices - 1)) : 0;
-  const int beyond = slice.from + slice.n < m.n_choices ? offered(slice.from + slice.n) : n_ids;
+  auto id_of = [=](int choice) { return m.offered ? (int)__ldg(m.offered + choice) : choice; };
+  const int lowest = slice.from ? id_of(smaller(slice.from, m.n_choices - 1)) : 0;
+  const int beyond = slice.from + slice.n < m.n_choices ? id_of(slice.from + slice.n) : n_ids;
 
   int64* const gates = (int64*)(memory + 28);
   W* const kept = (W*)(memory + 32);
@@ -128,12 +124,17 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   float* const logits = of_warps + WARPS * of_part;
   int4* const turns = (int4*)(logits + (slice.each + 3) / 4 * 4);  // of each pair its column, of that the number in its head,
                                                                   // 0 for queries, 1 keys, 2 values, and which K
+  float* const angles = (float*)(turns + pairs);  // cos and sin of the position
+  int2* const sources = (int2*)(angles + D);  // of each number of `mixed` where its head is in parts, and its number there
+  int* const offered = (int*)(sources + C);  // ids of the slice
 
   auto column = [=](int pair) { return (rank * pairs + pair) / (D / 2) * D + (rank * pairs + pair) % (D / 2); };
   for (int pair = threadIdx.x; pair < pairs; pair += THREADS) {
     const int at = column(pair), head = at / D;
     turns[pair] = {at, at % D, head < H ? 0 : head < H + K ? 1 : 2, (head - H + K) % K};
   }
+  for (int c = threadIdx.x; c < C; c += THREADS) sources[c] = {c / D / G * n_parts * of_part + c / D % G * (D + 2), c % D};
+  for (int j = threadIdx.x; j < slice.n; j += THREADS) offered[j] = id_of(slice.from + j);
   AS_IT_IS for (int l = 0; l < L; l++) {
     const Layer& layer = m.layers[l];
     W* to = kept + l * of_layer;
@@ -151,10 +152,12 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   copied();
   meet_cluster();  // all are there to be given something
 
-  // a lane gives one block of the cluster one of several numbers
-  const int peer = lane() % blocks, which = lane() / blocks;
-  const unsigned away = distance(peer);
+  // a lane gives what it has to some of the blocks: of each half, or each fourth, to all of them together
+  const unsigned far = distance(lane() % 16 % blocks), near = distance(lane() % 8 % blocks), next = distance((lane() % 8 + 8) % blocks);
+  const bool gives = lane() % 16 < blocks, gives_near = lane() % 8 < blocks, gives_next = lane() % 8 + 8 < blocks;
+  const bool upper = lane() >= 16;
   const float factor = LOG2E * rsqrtf(D);
+  const int first_head = threadIdx.x / D;
   const W* embedded = nullptr;
   AS_IT_IS for (int i = 0; i < rows + n - 1; i++) {
     const int position = start + i, drawn = i - (rows - 1);
@@ -164,10 +167,12 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       embedded = m.embedding + known * C;
     }
     for (int c = threadIdx.x; c < C / 4; c += THREADS) ((float4*)x)[c] = four(embedded + 4 * c);
+    for (int d = THREADS - 1 - (int)threadIdx.x; d < D; d += THREADS)
+      angles[d] = d < D / 2 ? __ldg(m.cos + position * (D / 2) + d) : __ldg(m.sin + position * (D / 2) + d - D / 2);
     __syncthreads();
     AS_IT_IS for (int l = 0; l < L; l++) {
       const W* const weights = kept + l * of_layer;
-      const int64 cache = ((int64)l * K * m.capacity) * D;
+      const int64 cache = l * K * capacity * D;
       const int parity = (i * L + l) % 2;
       auto pass = [=](int gate) {
         while (!passes(gates + gate, parity)) {}
@@ -176,18 +181,14 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
 
       AS_IT_IS for (int pair = warp(); pair < pairs; pair += WARPS) {
         const int4 turn = turns[pair];
-        const float cos = __ldg(m.cos + position * (D / 2) + turn.y), sin = __ldg(m.sin + position * (D / 2) + turn.y);
         const uint4* const at = (const uint4*)(weights + 2 * pair * C);
-        float sums[2];
-        dot<2, true>([=](int g, int j) { return at[g * (C / 8 * PIECE) + j]; }, x, gains + 2 * l * C, C, eps, sums);
-        float a = sums[0], b = sums[1];
-        if (turn.z < 2) a = sums[0] * cos - sums[1] * sin, b = sums[1] * cos + sums[0] * sin;
-        if (turn.z == 0) a *= factor, b *= factor;
-        if (which < 2) give(qkv + turn.x + which * (D / 2), away, which ? b : a, gates + QUERY);
-        if (turn.z && lane() == 0) {  // every cluster writes the same, and so finds later what it wrote itself
-          float* to = (turn.z == 1 ? keys : values) + cache + ((int64)turn.w * m.capacity + position) * D + turn.y;
-          to[0] = a, to[D / 2] = b;
-        }
+        const float own = dot<2, true>([=](int g, int j) { return at[g * (C / 8 * PIECE) + j]; }, x, gains + 2 * l * C, C, eps);
+        const float other = __shfl_xor_sync(ALL, own, 16), cos = angles[turn.y], sin = angles[D / 2 + turn.y];
+        float v = turn.z == 2 ? own : own * cos + (upper ? other : -other) * sin;
+        if (turn.z == 0) v *= factor;
+        if (gives) give(qkv + turn.x + upper * (D / 2), far, v, gates + QUERY);
+        if (turn.z && lane() % 16 == 0)  // every cluster writes the same, and so finds later what it wrote itself
+          (turn.z == 1 ? keys : values)[cache + ((int64)turn.w * capacity + position) * D + turn.y + upper * (D / 2)] = v;
       }
 
       // keys and values of the tokens before are fetched while the newest come with the query
@@ -195,7 +196,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       const bool has = d < D;
       float2 k[KEYS] = {}, v[KEYS] = {};
       auto key = [=](int b) { return part + n_parts * (warp() + WARPS * b); };
-      const int64 head = cache + (int64)kv * m.capacity * D + d;
+      const int64 head = cache + kv * capacity * D + d;
       UNROLL for (int b = 0; b < KEYS; b++) if (has && part < n_parts && key(b) < position) {
         k[b] = __ldcg((const float2*)(keys + head + (int64)key(b) * D));
         v[b] = __ldcg((const float2*)(values + head + (int64)key(b) * D));
@@ -203,34 +204,31 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       pass(QUERY);
       float* const mine = parts + (kv * n_parts + part) * of_part;
       if (part < n_parts) {
+        // of each head's softmax a fourth of the lanes has the highest score and the weight
         float2 q[HEADS], y[HEADS] = {};
-        float highest[HEADS], total[HEADS];
-        UNROLL for (int g = 0; g < HEADS; g++) {
-          q[g] = has && g < G ? *(const float2*)(qkv + (kv * G + g) * D + d) : float2{0, 0};
-          highest[g] = LOWEST, total[g] = 0;
-        }
+        float highest = LOWEST, total = 0;
+        UNROLL for (int g = 0; g < HEADS; g++) q[g] = has && g < G ? *(const float2*)(qkv + (kv * G + g) * D + d) : float2{0, 0};
         UNROLL for (int b = 0; b < KEYS; b++) if (key(b) <= position) {
           if (has && key(b) == position)
             k[b] = *(const float2*)(qkv + (H + kv) * D + d), v[b] = *(const float2*)(qkv + (H + K + kv) * D + d);
-          float scores[HEADS];
-          UNROLL for (int g = 0; g < HEADS; g++) scores[g] = __fmaf_rn(q[g].y, k[b].y, q[g].x * k[b].x);
-          UNROLL for (int offset = 16; offset; offset /= 2) UNROLL for (int g = 0; g < HEADS; g++)
-            scores[g] += __shfl_xor_sync(ALL, scores[g], offset);
+          float scores[1][HEADS];
+          UNROLL for (int g = 0; g < HEADS; g++) scores[0][g] = __fmaf_rn(q[g].y, k[b].y, q[g].x * k[b].x);
+          reduce(scores);
+          const float top = fmaxf(highest, scores[0][0]), before = exp2f(highest - top), p = exp2f(scores[0][0] - top);
+          highest = top, total = __fmaf_rn(total, before, p);
           UNROLL for (int g = 0; g < HEADS; g++) {
-            const float top = fmaxf(highest[g], scores[g]), before = exp2f(highest[g] - top), p = exp2f(scores[g] - top);
-            highest[g] = top, total[g] = __fmaf_rn(total[g], before, p);
-            y[g] = {__fmaf_rn(y[g].x, before, p * v[b].x), __fmaf_rn(y[g].y, before, p * v[b].y)};
+            const float by = __shfl_sync(ALL, before, 32 / HEADS * g), of = __shfl_sync(ALL, p, 32 / HEADS * g);
+            y[g] = {__fmaf_rn(y[g].x, by, of * v[b].x), __fmaf_rn(y[g].y, by, of * v[b].y)};
           }
         }
-        UNROLL for (int g = 0; g < HEADS; g++) if (g < G) {
-          float* to = of_warps + warp() * of_part + g * (D + 2);
-          if (has) *(float2*)(to + d) = y[g];
-          if (lane() == 0) *(float2*)(to + D) = {highest[g], total[g]};
-        }
+        float* const of_warp = of_warps + warp() * of_part;
+        UNROLL for (int g = 0; g < HEADS; g++) if (g < G && has) *(float2*)(of_warp + g * (D + 2) + d) = y[g];
+        if (const int g = lane() / (32 / HEADS); lane() % (32 / HEADS) == 0 && g < G)
+          *(float2*)(of_warp + g * (D + 2) + D) = {highest, total};
         __syncthreads();
         const int warps = smaller(WARPS, (position - part + n_parts) / n_parts);  // that had keys
-        AS_IT_IS for (int j = threadIdx.x; j < G * D; j += THREADS) {
-          const int g = j / D, at = j - g * D;
+        AS_IT_IS for (int j = threadIdx.x, g = first_head; j < G * D; j += THREADS, g = j / D) {
+          const int at = j - g * D;
           const float3 all = combined(of_warps + g * (D + 2), warps, of_part, D, at);
           mine[g * (D + 2) + at] = all.x;
           if (at == 0) *(float2*)(mine + g * (D + 2) + D) = {all.y, all.z};
@@ -245,8 +243,8 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       pass(PARTS);
 
       AS_IT_IS for (int c = threadIdx.x; c < C; c += THREADS) {
-        const int h = c / D, g = h % G;
-        const float3 all = combined(parts + h / G * n_parts * of_part + g * (D + 2), smaller(n_parts, position + 1), of_part, D, c - h * D);
+        const int2 source = sources[c];
+        const float3 all = combined(parts + source.x, smaller(n_parts, position + 1), of_part, D, source.y);
         mixed[c] = __fdividef(all.x, all.z);
       }
       __syncthreads();
@@ -255,9 +253,8 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
           float* const to = x + rank * own + r;
           const float before = *to;  // all lanes know it before one of them may write
           const uint4* const at = (const uint4*)(rows_of + r * width);
-          float sums[1];
-          dot<1, false>([=](int, int j) { return at[j]; }, from, nullptr, width, eps, sums);
-          if (which == 0) give(to, away, before + sums[0], gates + gate);
+          const float after = before + dot<1, false>([=](int, int j) { return at[j]; }, from, nullptr, width, eps);
+          if (gives && !upper) give(to, far, after, gates + gate);
         }
       };
       add(weights + of_out, mixed, C, MIDDLE);
@@ -265,10 +262,11 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
 
       AS_IT_IS for (int r = 4 * warp(); r < inner_own; r += 4 * WARPS) {
         const uint4* const at = (const uint4*)(weights + of_up + r * C);
-        float sums[4];
-        dot<4, true>([=](int g, int j) { return at[g * (C / 8 * PIECE) + j]; }, x, gains + (2 * l + 1) * C, C, eps, sums);
-        const float2 both = {activated(which ? sums[2] : sums[0]), activated(which ? sums[3] : sums[1])};
-        if (which < 2) give((float2*)(inner + rank * inner_own + r) + which, away, both, gates + INNER);
+        const float v = activated(
+            dot<4, true>([=](int g, int j) { return at[g * (C / 8 * PIECE) + j]; }, x, gains + (2 * l + 1) * C, C, eps));
+        float* const to = inner + rank * inner_own + r + lane() / 8;
+        if (gives_near) give(to, near, v, gates + INNER);
+        if (gives_next) give(to, next, v, gates + INNER);
       }
       pass(INNER);
       add(weights + of_down, inner, F, END);
@@ -278,19 +276,18 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
 
     float* const row = probs + (int64)drawn * n_ids;
     if (slice.n) for (int j = lowest + threadIdx.x; j < beyond; j += THREADS) row[j] = 0;
-    constexpr int ROWS = 5;
+    constexpr int ROWS = 8;
     AS_IT_IS for (int r = ROWS * warp(); r < slice.n; r += ROWS * WARPS) {
-      float sums[ROWS];
-      dot<ROWS, true>(([=](int g, int j) {
+      const float v = dot<ROWS, true>(([=](int g, int j) {
         return __ldg((const uint4*)(m.head + (int64)(slice.from + smaller(r + g, slice.n - 1)) * C) + j);
-      }), x, gains + 2 * L * C, C, eps, sums);
-      UNROLL for (int g = 0; g < ROWS; g++) if (lane() == g && r + g < slice.n) logits[r + g] = sums[g];
+      }), x, gains + 2 * L * C, C, eps);
+      if (const int mine = r + lane() / (32 / ROWS); lane() % (32 / ROWS) == 0 && mine < slice.n) logits[mine] = v;
     }
     __syncthreads();
-    const int token = draw<4>(logits, slice, temperature, number, epoch + drawn, [=](int choice, float p) { row[offered(choice)] = p; });
+    const int token = draw<4>(logits, slice, temperature, number, epoch + drawn, [=](int choice, float p) { row[offered[choice - slice.from]] = p; });
     const int choice = smaller(token, m.n_choices - 1);  // after a row of NaN, which the engine sees itself
     embedded = m.drawn + (int64)choice * C;
-    if (blockIdx.x == 0 && threadIdx.x == 0) tokens[drawn] = token < m.n_choices ? offered(token) : n_ids;
+    if (blockIdx.x == 0 && threadIdx.x == 0) tokens[drawn] = token < m.n_choices ? id_of(token) : n_ids;
   }
 }
 }

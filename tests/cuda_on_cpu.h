@@ -21,6 +21,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
+struct int2 { int x, y; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
