@@ -3,7 +3,7 @@
 // whole pass, or a whole draft, is one kernel whose blocks, one for each multiprocessor, wait for each other.
 //
 // In a product a warp multiplies a few rows of weights, each loaded once, with all rows of numbers, which every block has
-// copied into its shared memory. What the next phases need is asked for while blocks wait, so that memory is never idle.
+// copied into its shared memory; weights in bfloat16 on tensor cores, with numbers as sums of three of bfloat16. What the next phases need is asked for while blocks wait, so that memory is never idle.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 //
 //     R rows · C width · D head size · H heads · K of keys and values · S tokens in the cache · W type of the weights
@@ -97,6 +97,18 @@ __device__ uint4 stream(const uint4* at, bool wanted) {
       "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(at), "r"((int)wanted));
   return v;
+}
+// D (16, 8) += A (16, 16) · B (16, 8), of a warp: a lane has rows lane/4 and +8 of A and D, column lane/4 of B, of k two
+// and two numbers, as of a whole in which they lie 8 apart, and of D's columns 2·(lane%4) and the next
+__device__ void tensor(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// two numbers rounded to bfloat16, the first below
+__device__ unsigned rounded(float a, float b) {
+  unsigned both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+  return both;
 }
 __device__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // 8 bytes in one piece, in no order with others; peek at two such pieces
@@ -204,8 +216,11 @@ __device__ float4 four(const W* at) {
   return {__uint_as_float(v.x << 16), __uint_as_float(v.x & high), __uint_as_float(v.y << 16), __uint_as_float(v.y & high)};
 }
 
-// Rows of shared memory: first and last four of 8 numbers lie apart, so that a warp reads neighbours
-__device__ float4& place(float4* x, int width, int r, int c) { return x[(2 * r + c % 2) * (width / 8) + c / 2]; }
+// Rows of shared memory, so that lanes find them in different banks: first and last four of 8 numbers lie apart; for
+// tensor cores each row is a little longer
+__device__ float4& place(float4* x, int width, int r, int c) {
+  return PIECE == 1 ? x[r * (width / 4 + 1) + c] : x[(2 * r + c % 2) * (width / 8) + c / 2];
+}
 
 // rows that other blocks wrote into shared memory
 __device__ void stage(const float* x, int rows, int width) {
@@ -316,8 +331,9 @@ __device__ void deliver(int kind, int layer, int r, int n, int apart, int head, 
 
 // R rows x · all rows of weights, in groups of G that lie `apart`, of queries and so on within a head. Where groups are
 // fewer than warps, several warps of a block each multiply a part.
-template <int R, int G>
+template <int R>
 __device__ void groups(int kind, int layer, int above, int rows, int width, const W* weights, int n, int apart) {
+  constexpr int G = 2;
   const float4* x = rest() + above * (width / 4);
   const int pieces = width / 8, n_groups = kind == QKV ? n / 2 : apart, row = lane() / (32 / R);
   int some = 0;  // 2^some parts
@@ -348,15 +364,94 @@ __device__ void groups(int kind, int layer, int above, int rows, int width, cons
   }
 }
 
+// two numbers as three sums of two of bfloat16, of which the last is exact
+__device__ void split(float a, float b, unsigned (&parts)[3]) {
+  UNROLL for (int i = 0; i < 3; i++) {
+    parts[i] = rounded(a, b);
+    a -= __uint_as_float(parts[i] << 16), b -= __uint_as_float(parts[i] & 0xffff0000);
+  }
+}
+
+// The rows in shared memory · (n, width) weights in bfloat16, in tiles of 8 rows of weights, T a block at once, of queries
+// and so on both numbers of 4 pairs. Each warp has some columns of them, B pieces of 32 under way; of the output layer,
+// which has tiles enough for all warps, all columns.
+template <int T, int B>
+__device__ void tiles(int kind, int layer, int rows, int width, const W* weights, int n, int apart) {
+  const float4* const x = rest();
+  float2* const parts = (float2*)(rest() + rows * (width / 4 + 1));  // (WARPS, T, rows, 4)
+  const int n_tiles = (n + 7) / 8, pieces = (width + 31) / 32, g = lane() / 4, t = lane() % 4;
+  const bool whole = kind == HEAD;
+  const int share = whole ? pieces : (pieces + WARPS - 1) / WARPS, begin = whole ? 0 : warp() * share,
+            end = smaller(pieces, begin + share), workers = whole ? gridDim.x * WARPS : gridDim.x;
+  AS_IT_IS for (int tile = whole ? blockIdx.x * WARPS + warp() : blockIdx.x; tile < n_tiles; tile += workers * T) {
+    // what a thread will deliver: two columns of a row of the j-th tile
+    struct Item { int j, r, head, c; bool wanted; };
+    auto item_of = [=](int i) -> Item {
+      const int j = i / (4 * rows), pair = 4 * (tile + j * workers) + i % 4, head = kind == QKV ? pair / apart : 0;
+      return {j, i / 4 - j * rows, head, kind == QKV ? pair - head * apart : 2 * pair, !whole && j < T && 2 * pair < n};
+    };
+    const int between = kind == QKV ? apart : 1;
+    Item item = item_of(threadIdx.x);
+    float with[2] = {}, sums[T][4] = {};
+    if (item.wanted) fetch<2>(kind, item.r, n, between, item.head, item.c, with);
+    const uint4* at[T];
+    UNROLL for (int i = 0; i < T; i++) {
+      const int row = 8 * (tile + i * workers) + g, half = row / 2;
+      at[i] = (const uint4*)(weights + (int64)smaller(kind == QKV ? half / apart * 2 * apart + half % apart + g % 2 * apart : row, n - 1) * width) + t;
+    }
+    AS_IT_IS for (int some = begin; some < end; some += B) {
+      uint4 raw[B][T];
+      UNROLL for (int b = 0; b < B; b++) UNROLL for (int i = 0; i < T; i++)
+        raw[b][i] = stream(at[i] + 4 * (some + b), some + b < end && 32 * (some + b) + 8 * t < width && tile + i * workers < n_tiles);
+      UNROLL for (int b = 0; b < B; b++) if (some + b < end) {
+        unsigned a[2][4][3] = {};  // of two rows four pairs of numbers
+        UNROLL for (int half = 0; half < 2; half++) if (g + 8 * half < rows && 32 * (some + b) + 8 * t < width) {
+          const float4* from = x + (g + 8 * half) * (width / 4 + 1) + 8 * (some + b) + 2 * t;
+          const float4 p = from[0], q = from[1];
+          split(p.x, p.y, a[half][0]), split(p.z, p.w, a[half][1]), split(q.x, q.y, a[half][2]), split(q.z, q.w, a[half][3]);
+        }
+        UNROLL for (int s = 2; s >= 0; s--) UNROLL for (int i = 0; i < T; i++) {
+          tensor(sums[i], a[0][0][s], a[1][0][s], a[0][1][s], a[1][1][s], raw[b][i].x, raw[b][i].y);
+          tensor(sums[i], a[0][2][s], a[1][2][s], a[0][3][s], a[1][3][s], raw[b][i].z, raw[b][i].w);
+        }
+      }
+    }
+    if (whole) {
+      UNROLL for (int i = 0; i < T; i++) UNROLL for (int v = 0; v < 4; v++) {
+        const int column = 8 * (tile + i * workers) + 2 * t + v % 2, row = g + v / 2 * 8;
+        if (row < rows && column < n) now.logits[(int64)row * n + column] = sums[i][v];
+      }
+      continue;
+    }
+    UNROLL for (int i = 0; i < T; i++) UNROLL for (int half = 0; half < 2; half++) if (g + 8 * half < rows)
+      parts[((warp() * T + i) * rows + g + 8 * half) * 4 + t] = {sums[i][2 * half], sums[i][2 * half + 1]};
+    __syncthreads();
+    AS_IT_IS for (int i = threadIdx.x; i < 4 * T * rows; i += THREADS) {
+      if (i != threadIdx.x && (item = item_of(i)).wanted) fetch<2>(kind, item.r, n, between, item.head, item.c, with);
+      float result[2] = {};
+      for (int w = 0; w < WARPS; w++) {
+        const float2 part = parts[((w * T + item.j) * rows + item.r) * 4 + i % 4];
+        result[0] += part.x, result[1] += part.y;
+      }
+      if (item.wanted) deliver<2>(kind, layer, item.r, n, between, item.head, item.c, result, with);
+    }
+    __syncthreads();
+  }
+}
+
 // the rows in shared memory · (n, width) weights
-template <int G>
 __device__ void product(int kind, int layer, int rows, int width, const W* weights, int n, int apart) {
-  AS_IT_IS for (int above = 0; above < rows; above += MANY) {
-    const int left = rows - above;
-    if (left == 1) groups<1, G>(kind, layer, above, rows, width, weights, n, apart);
-    else if (left == 2) groups<2, G>(kind, layer, above, rows, width, weights, n, apart);
-    else if (left <= 4) groups<4, G>(kind, layer, above, rows, width, weights, n, apart);
-    else groups<8, G>(kind, layer, above, rows, width, weights, n, apart);
+  if constexpr (PIECE == 1) {
+    if (kind == OUT || kind == DOWN) tiles<1, 6>(kind, layer, rows, width, weights, n, apart);
+    else tiles<3, 2>(kind, layer, rows, width, weights, n, apart);
+  } else {
+    AS_IT_IS for (int above = 0; above < rows; above += MANY) {
+      const int left = rows - above;
+      if (left == 1) groups<1>(kind, layer, above, rows, width, weights, n, apart);
+      else if (left == 2) groups<2>(kind, layer, above, rows, width, weights, n, apart);
+      else if (left <= 4) groups<4>(kind, layer, above, rows, width, weights, n, apart);
+      else groups<8>(kind, layer, above, rows, width, weights, n, apart);
+    }
   }
 }
 
@@ -438,12 +533,12 @@ __device__ void pass(const int64* ids, int rows, int wanted) {
     else norm(step ? nullptr : ids, m.x + skipped * C, rows - skipped,
               kind == HEAD ? m.norm : kind == QKV ? layer.attention_norm : layer.mlp_norm);
     if (kind == HEAD) {
-      product<4>(HEAD, l, rows - wanted, C, m.head, N, (N + 3) / 4);
+      product(HEAD, l, rows - wanted, C, m.head, N, (N + 1) / 2);
       return;
     }
     const W* weights = kind == QKV ? layer.qkv : kind == OUT ? layer.out : kind == UP ? layer.up : layer.down;
     const int outputs = kind == QKV ? Q : kind == UP ? F : C;
-    product<2>(kind, l, rows, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : outputs / 2);
+    product(kind, l, rows, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : outputs / 2);
     AS_IT_IS for (int after = 0; after < (kind == QKV ? 2 : 1); after++) {
       if (after && m.head_size <= 64) attend<1>(l, rows);
       else if (after) attend<4>(l, rows);

@@ -252,6 +252,31 @@ void give(T* at, unsigned distance, T value, long long* at_gate) {
   gate.bytes -= sizeof value;
   settle(gate);
 }
+inline void tensor(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  auto& warp = on_cpu::block->warps[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  unsigned all[6][32];
+  for (int i = 0; i < 6; i++) {
+    const uint64_t* row = on_cpu::meet(warp, 32, lane, mine[i]);
+    for (int l = 0; l < 32; l++) all[i][l] = (unsigned)row[l];
+  }
+  auto number = [](unsigned both, int i) { return __uint_as_float(i % 2 ? both & 0xffff0000u : both << 16); };
+  for (int v = 0; v < 4; v++) {
+    const int column = 2 * t + v % 2;
+    for (int k = 0; k < 16; k++) {  // of lane k%8/2 of a row or a column, the second of its pairs for k from 8
+      const float a = number(all[k / 8 * 2 + v / 2][g * 4 + k % 8 / 2], k), b = number(all[4 + k / 8][column * 4 + k % 8 / 2], k);
+      d[v] += a * b;
+    }
+  }
+}
+inline unsigned rounded(float a, float b) {
+  auto bits = [](float v) {
+    const unsigned u = __float_as_int(v);
+    return v != v ? 0x7fffu : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  };
+  return bits(b) << 16 | bits(a);
+}
 inline void copy(uint4* to, const uint4* from) { *to = *from; }
 inline void copied() {}
 using std::isfinite;
