@@ -187,7 +187,7 @@ class CudaModel:
             4 * (D + 2) * warps, 4 * -(-self.n_choices // self.kernels.blocks), 4 * MOST * (4 * C + 4 + 8 * warps),
             4 * MOST * (C + 4 + 24 * warps),
         )  # fmt: skip
-        if C % 8 or D > 256 or config.n_layers > LAYERS or 512 + 4 * self.kernels.threads + room > self.kernels.most:
+        if C % 8 or not 4 <= D <= 256 or config.n_layers > LAYERS or 512 + 4 * self.kernels.threads + room > self.kernels.most:
             raise ValueError(
                 f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 880 on an H100; "
                 f"{config.n_layers} of {C} were given: choose graphs."

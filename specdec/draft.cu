@@ -39,7 +39,7 @@ __device__ void expect(int64* gate, int bytes) {
 }
 __device__ bool passes(int64* gate, int parity) {
   int there;
-  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.s32 %0, 1, 0, p; }"
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.s32 %0, 1, 0, p; }"
                : "=r"(there) : "r"(shared(gate)), "r"(parity) : "memory");
   return there;
 }
@@ -177,6 +177,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       auto pass = [=](int gate) {
         while (!passes(gates + gate, parity)) {}
         if (threadIdx.x == 0) expect(gates + gate, bytes(gate));  // of the next layer
+        __syncwarp();  // lanes that found it open at different times go on together
       };
 
       AS_IT_IS for (int pair = warp(); pair < pairs; pair += WARPS) {

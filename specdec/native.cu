@@ -57,6 +57,7 @@ __shared__ Model m;
 __shared__ struct {
   float *keys, *values, *logits;
   int start;  // tokens in the cache before those of this pass
+  unsigned share;  // 2³² ÷ half of a head: to multiply by it takes less time than to divide
 } now;
 
 namespace {
@@ -79,10 +80,8 @@ __device__ int smaller(int a, int b) { return a < b ? a : b; }
 
 #ifdef __CUDA_ARCH__
 // what other threads read after they have acquired the sum was written before
-__device__ unsigned release(unsigned* at, unsigned more) {
-  unsigned before;
-  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(more) : "memory");
-  return before;
+__device__ void release(unsigned* at, unsigned more) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(more) : "memory");
 }
 __device__ unsigned acquire(const unsigned* at) {
   unsigned value;
@@ -128,15 +127,17 @@ __device__ void ahead(const W* weights, int64 n) {
 }
 
 // All blocks wait for each other, and meanwhile do `work`. The highest bit of the count changes when all are there, which
-// needs no reset.
+// needs no reset; each keeps in mind what it was.
+__device__ unsigned& phase() { return *(unsigned*)(memory + 27); }
 template <typename Work>
 __device__ void meet(Work work) {
-  unsigned before = 0;
   __syncthreads();
-  if (threadIdx.x == 0) before = release(m.meeting, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+  if (threadIdx.x == 0) release(m.meeting, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
   work();
-  if (threadIdx.x == 0)
-    while (((before ^ acquire(m.meeting)) >> 31) == 0) {}
+  if (threadIdx.x == 0) {
+    while (acquire(m.meeting) >> 31 == phase()) {}
+    phase() ^= 1;
+  }
   __syncthreads();
 }
 
@@ -245,7 +246,7 @@ __device__ float4 embedded(const int64* id, int c) {
 // rows of the embedding, or if there are no ids of x, normalised into shared memory, each by a warp; every block does so
 // for itself, which is shorter than waiting for another
 __device__ void norm(const int64* ids, const float* x, int rows, const float* weight) {
-  constexpr int B = 8;
+  constexpr int B = 6;
   const int width = m.width, n = width / 4;
   AS_IT_IS for (int r = warp(); r < rows; r += WARPS) {
     float squares[1][1] = {};
@@ -364,6 +365,8 @@ __device__ void groups(int kind, int layer, int above, int rows, int width, cons
   }
 }
 
+__device__ int half_heads(int n) { return __umulhi(n, now.share); }  // how often half of a head is in n
+
 // two numbers as three sums of two of bfloat16, of which the last is exact
 __device__ void split(float a, float b, unsigned (&parts)[3]) {
   UNROLL for (int i = 0; i < 3; i++) {
@@ -374,20 +377,23 @@ __device__ void split(float a, float b, unsigned (&parts)[3]) {
 
 // The rows in shared memory · (n, width) weights in bfloat16, in tiles of 8 rows of weights, T a block at once, of queries
 // and so on both numbers of 4 pairs. Each warp has some columns of them, B pieces of 32 under way; of the output layer,
-// which has tiles enough for all warps, all columns.
-template <int T, int B>
-__device__ void tiles(int kind, int layer, int rows, int width, const W* weights, int n, int apart) {
+// which has tiles enough for all warps, all columns. The first weights are under way before the rows are `ready`.
+template <int T, int B, typename Ready>
+__device__ void tiles(int kind, int layer, int rows, int width, const W* weights, int n, int apart, Ready ready) {
   const float4* const x = rest();
   float2* const parts = (float2*)(rest() + rows * (width / 4 + 1));  // (WARPS, T, rows, 4)
   const int n_tiles = (n + 7) / 8, pieces = (width + 31) / 32, g = lane() / 4, t = lane() % 4;
   const bool whole = kind == HEAD;
   const int share = whole ? pieces : (pieces + WARPS - 1) / WARPS, begin = whole ? 0 : warp() * share,
             end = smaller(pieces, begin + share), workers = whole ? gridDim.x * WARPS : gridDim.x;
-  AS_IT_IS for (int tile = whole ? blockIdx.x * WARPS + warp() : blockIdx.x; tile < n_tiles; tile += workers * T) {
+  bool waits = true;
+  // all warps must come by `ready` once, whether they have a tile and columns of it or not
+  AS_IT_IS for (int tile = whole ? blockIdx.x * WARPS + warp() : blockIdx.x; tile < n_tiles || waits; tile += workers * T) {
     // what a thread will deliver: two columns of a row of the j-th tile
     struct Item { int j, r, head, c; bool wanted; };
     auto item_of = [=](int i) -> Item {
-      const int j = i / (4 * rows), pair = 4 * (tile + j * workers) + i % 4, head = kind == QKV ? pair / apart : 0;
+      const int j = i >= 4 * T * rows ? T : (i >= 4 * rows) + (i >= 8 * rows), pair = 4 * (tile + j * workers) + i % 4;
+      const int head = kind == QKV ? half_heads(pair) : 0;
       return {j, i / 4 - j * rows, head, kind == QKV ? pair - head * apart : 2 * pair, !whole && j < T && 2 * pair < n};
     };
     const int between = kind == QKV ? apart : 1;
@@ -396,13 +402,15 @@ __device__ void tiles(int kind, int layer, int rows, int width, const W* weights
     if (item.wanted) fetch<2>(kind, item.r, n, between, item.head, item.c, with);
     const uint4* at[T];
     UNROLL for (int i = 0; i < T; i++) {
-      const int row = 8 * (tile + i * workers) + g, half = row / 2;
-      at[i] = (const uint4*)(weights + (int64)smaller(kind == QKV ? half / apart * 2 * apart + half % apart + g % 2 * apart : row, n - 1) * width) + t;
+      int row = 8 * (tile + i * workers) + g;
+      if (kind == QKV) row = row / 2 + (half_heads(row / 2) + g % 2) * apart;
+      at[i] = (const uint4*)(weights + (int64)smaller(row, n - 1) * width) + t;
     }
-    AS_IT_IS for (int some = begin; some < end; some += B) {
+    AS_IT_IS for (int some = begin; some < end || waits; some += B) {
       uint4 raw[B][T];
       UNROLL for (int b = 0; b < B; b++) UNROLL for (int i = 0; i < T; i++)
         raw[b][i] = stream(at[i] + 4 * (some + b), some + b < end && 32 * (some + b) + 8 * t < width && tile + i * workers < n_tiles);
+      if (waits) ready(), waits = false;
       UNROLL for (int b = 0; b < B; b++) if (some + b < end) {
         unsigned a[2][4][3] = {};  // of two rows four pairs of numbers
         UNROLL for (int half = 0; half < 2; half++) if (g + 8 * half < rows && 32 * (some + b) + 8 * t < width) {
@@ -440,11 +448,13 @@ __device__ void tiles(int kind, int layer, int rows, int width, const W* weights
 }
 
 // the rows in shared memory · (n, width) weights
-__device__ void product(int kind, int layer, int rows, int width, const W* weights, int n, int apart) {
+template <typename Ready>
+__device__ void product(int kind, int layer, int rows, int width, const W* weights, int n, int apart, Ready ready) {
   if constexpr (PIECE == 1) {
-    if (kind == OUT || kind == DOWN) tiles<1, 6>(kind, layer, rows, width, weights, n, apart);
-    else tiles<3, 2>(kind, layer, rows, width, weights, n, apart);
+    if (kind == OUT || kind == DOWN) tiles<1, 6>(kind, layer, rows, width, weights, n, apart, ready);
+    else tiles<3, 2>(kind, layer, rows, width, weights, n, apart, ready);
   } else {
+    ready();
     AS_IT_IS for (int above = 0; above < rows; above += MANY) {
       const int left = rows - above;
       if (left == 1) groups<1>(kind, layer, above, rows, width, weights, n, apart);
@@ -529,16 +539,15 @@ __device__ void pass(const int64* ids, int rows, int wanted) {
     const int l = step / 4, kind = l == m.n_layers ? HEAD : step % 4;
     const Layer& layer = m.layers[l];
     const int skipped = kind == HEAD ? wanted : 0;
-    if (kind == OUT || kind == DOWN) stage(kind == OUT ? m.mixed : m.inner, rows, kind == OUT ? C : F);
-    else norm(step ? nullptr : ids, m.x + skipped * C, rows - skipped,
-              kind == HEAD ? m.norm : kind == QKV ? layer.attention_norm : layer.mlp_norm);
-    if (kind == HEAD) {
-      product(HEAD, l, rows - wanted, C, m.head, N, (N + 1) / 2);
-      return;
-    }
-    const W* weights = kind == QKV ? layer.qkv : kind == OUT ? layer.out : kind == UP ? layer.up : layer.down;
-    const int outputs = kind == QKV ? Q : kind == UP ? F : C;
-    product(kind, l, rows, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : outputs / 2);
+    auto ready = [&] {
+      if (kind == OUT || kind == DOWN) stage(kind == OUT ? m.mixed : m.inner, rows, kind == OUT ? C : F);
+      else norm(step ? nullptr : ids, m.x + skipped * C, rows - skipped,
+                kind == HEAD ? m.norm : kind == QKV ? layer.attention_norm : layer.mlp_norm);
+    };
+    const W* weights = kind == HEAD ? m.head : kind == QKV ? layer.qkv : kind == OUT ? layer.out : kind == UP ? layer.up : layer.down;
+    const int outputs = kind == HEAD ? N : kind == QKV ? Q : kind == UP ? F : C;
+    product(kind, l, rows - skipped, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : (outputs + 1) / 2, ready);
+    if (kind == HEAD) return;
     AS_IT_IS for (int after = 0; after < (kind == QKV ? 2 : 1); after++) {
       if (after && m.head_size <= 64) attend<1>(l, rows);
       else if (after) attend<4>(l, rows);
@@ -571,6 +580,7 @@ __device__ void listen(const int64* at, int apart, int n, int epoch, float (&hea
     all = true;
     UNROLL for (int b = 0; b < B; b++) heard[b] = __int_as_float((int)raw[b]), all = all && (int)(raw[b] >> 32) == epoch;
   }
+  __syncwarp();  // lanes that waited for different blocks go on together
 }
 
 // What a warp hears from some blocks, each of which told two numbers: those of the blocks that a lane listens to, in order.
@@ -716,7 +726,11 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
   for (int i = threadIdx.x; i < sizeof m / 8; i += THREADS) ((int64*)&m)[i] = ((const int64*)&model)[i];
   AS_IT_IS for (int i = 0; i == 0 || i < n; i++) {
     __syncthreads();
-    if (threadIdx.x == 0) now = {keys, values, n ? m.logits : logits, start};
+    if (threadIdx.x == 0) {
+      const int64 half = m.head_size / 2;
+      now = {keys, values, n ? m.logits : logits, start, (unsigned)(0xffffffff / half + 1)};
+      if (i == 0) phase() = acquire(m.meeting) >> 31;  // it cannot change before this block is there
+    }
     __syncthreads();
     pass(ids, rows, n ? rows - 1 : 0);
     if (n == 0) return;

@@ -157,6 +157,8 @@ void kernel_of(void** given) {
 
 }  // namespace on_cpu
 
+inline void __syncwarp() { on_cpu::meet(on_cpu::block->warps[threadIdx.x / 32], 32, threadIdx.x % 32, 0); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; }
 inline void __syncthreads() { on_cpu::meet(on_cpu::block->all, blockDim.x, threadIdx.x, 0); }
 inline int __syncthreads_or(int value) {
   const uint64_t* row = on_cpu::meet(on_cpu::block->all, blockDim.x, threadIdx.x, value != 0);
@@ -183,7 +185,7 @@ template <typename T>
 T __ldcg(const T* at) { return *at; }
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
 inline void __threadfence() {}
-inline unsigned release(unsigned* at, unsigned more) { return std::exchange(*at, *at + more); }
+inline void release(unsigned* at, unsigned more) { *at += more; }
 inline unsigned acquire(const unsigned* at) {
   on_cpu::spinning = true;
   on_cpu::yield();
