@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--minutes", type=float, help="shorten all schedules so that the run fits into so many minutes")
     sub.add_argument("--tokens", help="shorten all schedules so that the target reads so many tokens, for example 300M")
     sub.add_argument("--data", metavar="text:PATH", help="take the text from local files instead of the profile's source")
+    sub.add_argument("--drafts", default="small,medium", help="which drafts beside the target (default: small,medium)")
     sub.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     return top
 
@@ -262,7 +263,7 @@ def run_reproduce(options) -> None:
     profile = get_profile(options.profile)
     reproduce(
         options.profile or os.environ.get("SPECDEC_PROFILE") or profile.name, minutes=options.minutes, tokens=options.tokens,
-        source=options.data, device=options.device, say=lambda line: print(line, flush=True),
+        source=options.data, drafts=tuple(options.drafts.split(",")), device=options.device, say=lambda line: print(line, flush=True),
     )  # fmt: skip
 
 

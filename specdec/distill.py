@@ -26,7 +26,9 @@ from .train import History, Loss, cross_entropy, has_bf16, held_out_starts, load
 
 _SOURCES = source_key("distill")
 DIVERGENCES = ("forward-kl", "total-variation", "neg-log-alpha")
-TEXTS = ("data", "draft", "target")  # whose text the models are compared on while they are trained
+# whose text the models are compared on while they are trained: the data's or what one of them writes; with a plus the data's,
+# and in the last phase of the schedule what the target writes as it is going to be used
+TEXTS = ("data", "draft", "target", "data+target")
 
 
 def distillation_loss(teacher: Transformer, kind: str) -> Loss:
@@ -58,8 +60,8 @@ def load_or_distill(
 ) -> tuple[Transformer, History]:  # fmt: skip
     """The draft of that role, trained further on the target by ``kind``; "cross-entropy" is the control.
 
-    Another divergence than forward KL takes over in the last phase of the profile's schedule. ``texts`` "draft" or
-    "target" trains on what that model writes. None, for either, is the profile's own choice; the control learns from data.
+    Another divergence than forward KL takes over in the last phase of the profile's schedule, as other text does where
+    ``texts`` says so (see `TEXTS`). None, for either, is the profile's own choice; the control learns from data.
     """
     kind = kind or profile.divergence
     if kind not in ("cross-entropy", *DIVERGENCES):
@@ -76,26 +78,28 @@ def load_or_distill(
         "data": data.sha256,
         "distill": _SOURCES,
     }
+    own = data
     if texts != "data":
-        parts["texts"] = [texts, profile.distillation.tokens]
-        writer = {"target": target, "draft": student}[texts]
-        data = replace(data, train=_written_once(writer, data, profile, f"{texts}-{role}"))
-    rows, stages = [], stages_of(profile.distillation, kind)
-    for name, schedule in stages:
+        parts["texts"] = [texts, min(profile.own_text, profile.distillation.tokens)]
+        writer = student if texts == "draft" else target
+        own = replace(data, train=_written_once(writer, data, profile, f"{texts}-{role}", texts == "data+target"))
+    rows, stages = [], stages_of(profile.distillation, kind, apart=texts == "data+target")
+    for i, (name, schedule) in enumerate(stages):
         parts[f"stage {len(parts)}"] = [name, asdict(schedule)]
         loss = cross_entropy if name == "cross-entropy" else distillation_loss(target, name)
-        start = student
-        student, history = trained(profile, f"{role}-{name}", dict(parts), lambda: start, data, schedule, loss, device)
+        start, text = student, data if texts == "data+target" and i < len(stages) - 1 else own
+        student, history = trained(profile, f"{role}-{name}", dict(parts), lambda: start, text, schedule, loss, device)
         rows += continued(rows, history.rows)
     return student, History(rows)
 
 
-def stages_of(schedule: Schedule, kind: str) -> list[tuple[str, Schedule]]:
-    """What is trained by which loss: everything by one, or forward KL first and ``kind`` in the last phase."""
-    if kind in ("cross-entropy", "forward-kl") or len(schedule.phases) == 1:
+def stages_of(schedule: Schedule, kind: str, apart: bool = False) -> list[tuple[str, Schedule]]:
+    """What is trained by which loss: everything by one, or forward KL first and ``kind`` in the last phase, which stands
+    ``apart`` in any case if it is to read other text."""
+    if len(schedule.phases) == 1 or not apart and kind in ("cross-entropy", "forward-kl"):
         return [(kind, schedule)]
     first, last = replace(schedule, phases=schedule.phases[:-1]), replace(schedule, phases=schedule.phases[-1:])
-    return [("forward-kl", first), (kind, last)]
+    return [("cross-entropy" if kind == "cross-entropy" else "forward-kl", first), (kind, last)]
 
 
 def continued(before: list[dict], rows: list[dict]) -> list[dict]:
@@ -128,15 +132,26 @@ def written(
     return np.concatenate(out)
 
 
-def _written_once(model: Transformer, data: TokenData, profile: Profile, name: str) -> np.ndarray:
-    """As much text of ``model`` as a distillation reads, kept in a file that names what made it."""
-    length, schedule = profile.distillation.block_size, profile.distillation
-    key = hashlib.sha256(f"{schedule} {data.sha256} {_SOURCES}".encode())
+def _written_once(model: Transformer, data: TokenData, profile: Profile, name: str, as_used: bool) -> np.ndarray:
+    """As much text of ``model`` as a distillation reads, or as the profile says at most, kept in a file that names what
+    made it: at temperature 1, or ``as_used`` in texts as long as the benchmark's, as many at each of its temperatures."""
+    schedule, bench, n = profile.distillation, profile.bench, min(profile.own_text, profile.distillation.tokens)
+    temperatures = bench.temperatures if as_used else (1.0,)
+    length, prompt = (bench.prompt_tokens + bench.new_tokens, bench.prompt_tokens) if as_used else (schedule.block_size, 16)
+    length = min(length, model.config.context)
+    rows = 128 if model.device.type == "cpu" else 1024  # a GPU writes so many texts nearly as soon as one
+    key = hashlib.sha256(f"{schedule} {n} {temperatures} {length} {data.sha256} {_SOURCES}".encode())
     for weight in model.parameters():  # another training, another file
         key.update(weight.detach().cpu().numpy().tobytes())
     path = build_dir() / profile.name / "tokens" / f"{name}-{key.hexdigest()[:12]}.npy"
     if not path.exists():
-        texts = written(model, data.train, -(-schedule.tokens // length), length, eot=data.eot, seed=schedule.seed)
+        texts = np.concatenate([
+            written(
+                model, data.train, -(-n // (length * len(temperatures))), length, eot=data.eot, seed=schedule.seed + i,
+                prompt_tokens=prompt, batch_size=rows, temperature=temperature,
+            )
+            for i, temperature in enumerate(temperatures)
+        ])  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".partial"), "wb") as file:
             np.save(file, texts)

@@ -78,7 +78,8 @@ class Profile:
     distillation: Schedule  # of a draft; its control gets the same steps of plain cross-entropy
     bench: BenchConfig = field(repr=False)
     divergence: str = "forward-kl"  # of the last phase of a distillation; those before it are always forward KL
-    texts: str = "data"  # what a distillation reads: "data", or what the "draft" or the "target" writes
+    texts: str = "data"  # what a distillation reads: see distill.TEXTS
+    own_text: int = 1 << 30  # tokens that a model writes for a distillation, most; more than that are read several times
 
 
 _CI = Profile(
@@ -157,9 +158,10 @@ _SEED = Profile(
         ),
     },
     distillation=Schedule(
-        (Phase(20_000, 1_000, 3e-4, 0.1, 16, 16, 500), Phase(10_000, 100, 2e-4, 0.1, 16, 16, 500)),
+        (Phase(48_000, 1_000, 3e-4, 0.1, 16, 16, 500), Phase(24_000, 300, 2e-4, 0.1, 16, 16, 500)),
         block_size=1024, vocabulary_rate=2.0, evaluation_batches=16, compile=True,
     ),
+    texts="data+target",
     bench=BenchConfig(
         n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4,
         passes="compiled", draft_ids=8192,
@@ -229,4 +231,5 @@ def scaled(profile: Profile, fraction: float) -> Profile:
         models={r: replace(c, dropout=c.dropout if fraction >= 1 else 0.0) for r, c in profile.models.items()},
         schedules={role: shorter(schedule) for role, schedule in profile.schedules.items()},
         distillation=shorter(profile.distillation),
+        own_text=max(1, round(profile.own_text * fraction)),
     )

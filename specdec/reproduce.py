@@ -39,12 +39,13 @@ TRAINING_SHARE = 0.75  # of the minutes that are left once the text is ready; th
 
 def reproduce(
     name: str, *, minutes: float | None = None, tokens: str | None = None, source: str | None = None,
-    device: str | torch.device | None = None, say: Callable[[str], None] = print,
+    drafts: tuple[str, ...] = ROLES[1:], device: str | torch.device | None = None, say: Callable[[str], None] = print,
 ) -> str:  # fmt: skip
     """Run everything and return the name of the profile that was run, for example "seed@312M".
 
     ``tokens`` ("300M") is what the target reads; ``minutes`` measures how fast this machine trains and chooses it; with
-    neither, the profile's full schedules run. ``source`` "text:PATH" takes the text from local files.
+    neither, the profile's full schedules run. ``source`` "text:PATH" takes the text from local files. ``drafts`` are the
+    roles that are trained, distilled and measured beside the target; "small" must be among them.
     """
     if minutes is not None and tokens is not None:
         raise ValueError("give a budget of --minutes or of --tokens, not both.")
@@ -52,24 +53,27 @@ def reproduce(
         raise ValueError(f"the source is {source!r}; write text:PATH, or leave it out for the profile's own.")
     if tokens is not None:
         count(tokens)
+    if "small" not in drafts or not set(drafts) <= set(ROLES[1:]):
+        raise ValueError(f"the drafts are {', '.join(drafts)}; give small, or small and medium.")
+    roles, distilled = ("target", *drafts), {n: (role, kind) for n, (role, kind) in DISTILLED.items() if role in drafts}
     began = time.monotonic()
     base = name.partition("@")[0]
     path = source.removeprefix("text:") if source else ""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if minutes is not None:
-        tokens = budget(base, path, minutes, device, began, say)
+        tokens = budget(base, path, minutes, device, began, say, drafts)
     if tokens is not None or path:
         name = f"{base}@{tokens or label(PROFILES[base].schedules['target'].tokens)}" + (f":{path}" if path else "")
     profile = get_profile(name)
     public = name.partition(":")[0]  # without a path of this machine
-    say(f"{public}: {', '.join(f'{role} {profile.schedules[role].tokens / 1e6:,.1f}M tokens' for role in ROLES)}")
+    say(f"{public}: {', '.join(f'{role} {profile.schedules[role].tokens / 1e6:,.1f}M tokens' for role in roles)}")
     data = tokens_for(profile)
     models, histories = {}, {}
-    for role in ROLES:
+    for role in roles:
         models[role], histories[role] = load_or_train(profile, role, device=device)
         say(line_of(role, profile, histories[role]))
     record_training(profile, models, histories)
-    for label_, (role, loss) in DISTILLED.items():
+    for label_, (role, loss) in distilled.items():
         models[label_], histories[label_] = load_or_distill(profile, loss, role=role, device=device)
         say(f"{label_}: validation loss {histories[label_].validation_loss:.3f}, {histories[label_].seconds:.0f} s")
     record_distillation(profile, models, histories, data)
@@ -99,17 +103,20 @@ def reproduce(
 # ---- the budget
 
 
-def budget(base: str, path: str, minutes: float, device: str | torch.device, began: float, say: Callable) -> str:
+def budget(
+    base: str, path: str, minutes: float, device: str | torch.device, began: float, say: Callable,
+    drafts: tuple[str, ...] = ROLES[1:],
+) -> str:  # fmt: skip
     """How many tokens the target can read so that all trainings together fit, as "312M". Remembered, because a run that
     is taken up again has to find the schedules that it began with."""
     if not minutes > 0:
         raise ValueError(f"{minutes} minutes are no budget; give more than 0.")
-    plan, request = build_dir() / base / "plan.json", {"minutes": minutes, "source": path}
+    plan, request = build_dir() / base / "plan.json", {"minutes": minutes, "source": path, "drafts": list(drafts)}
     if plan.exists() and (known := json.loads(plan.read_text()))["request"] == request:
         return known["tokens"]
     profile = get_profile(base if not path else f"{base}@{label(PROFILES[base].schedules['target'].tokens)}:{path}")
     data = tokens_for(profile)
-    seconds = sum(training_seconds(profile, data, device, say).values())
+    seconds = sum(training_seconds(profile, data, device, say, drafts).values())
     left = TRAINING_SHARE * (60 * minutes - (time.monotonic() - began))
     if left <= 0:
         raise ValueError(f"{minutes} minutes are over before training can begin; the text is ready now, so run it again.")
@@ -118,13 +125,17 @@ def budget(base: str, path: str, minutes: float, device: str | torch.device, beg
     return tokens
 
 
-def training_seconds(profile: Profile, data: TokenData, device, say: Callable) -> dict[str, float]:
+def training_seconds(
+    profile: Profile, data: TokenData, device, say: Callable, drafts: tuple[str, ...] = ROLES[1:]
+) -> dict[str, float]:
     """What the full schedules would take here, extrapolated from a few steps of each."""
     target = Transformer(profile.models["target"], torch.Generator().manual_seed(0)).to(device)
     out = {}
-    for role in ROLES:
+    for role in ("target", *drafts):
         out[role] = _seconds(profile.models[role], profile.schedules[role], data, device, cross_entropy)
     for name, (role, kind) in DISTILLED.items():
+        if role not in drafts:
+            continue
         loss = cross_entropy if kind == "cross-entropy" else distillation_loss(target, kind or profile.divergence)
         out[name] = _seconds(profile.models[role], profile.distillation, data, device, loss)
     say("the full schedules would take " + ", ".join(f"{name} {s / 60:,.0f} min" for name, s in out.items()))
@@ -176,8 +187,8 @@ def record_training(profile: Profile, models: dict[str, Transformer], histories:
             "tokens_per_second": rate,
             "flops": rate * training_flops(profile.models[role], profile.schedules[role].block_size),
         }
-    schedules = profile.schedules.items()
-    params = {role: {"iterations": s.iterations, "tokens": s.tokens} for role, s in schedules}
+    schedules = {role: profile.schedules[role] for role in histories}
+    params = {role: {"iterations": s.iterations, "tokens": s.tokens} for role, s in schedules.items()}
     rows = [{"model": role} | row for role, history in histories.items() for row in history.rows]
     report.record(profile.name, "training", params=params, values=values, rows=rows, seed=profile.schedules["target"].seed)
 
@@ -274,7 +285,7 @@ def record_roofline(profile: Profile, models: dict[str, Transformer], run: dict)
     """``roofline.json``: a step of each model beside the floor that memory sets, in all the ways that passes can run."""
     steps = []
     for passes in PASSES:
-        fast = {role: ready(models[role], profile.bench.dtype, passes) for role in ROLES}
+        fast = {role: ready(models[role], profile.bench.dtype, passes) for role in ROLES if role in models}
         measured = roofline.measure_steps(fast, sampling=ready_sampling(Sampling(), passes, fast["target"].device))
         steps += [{"sizes": profile.name, "passes": passes} | row for row in roofline.as_rows(measured)]
     report.record(profile.name, "roofline", params=run, values={"steps": steps}, rows=steps)

@@ -12,6 +12,7 @@ from specdec import report
 from specdec.data import DataConfig, TokenData
 from specdec.distill import DIVERGENCES, TEXTS, acceptance, distillation_loss, load_or_distill, stages_of, written
 from specdec.engine import generate
+from specdec.inference import ready
 from specdec.model import ModelConfig, Transformer
 from specdec.profiles import PROFILES, Phase, Profile, Schedule
 from specdec.reproduce import RECIPES, compare_recipes
@@ -271,12 +272,27 @@ class TestWritten:
 
 def test_whose_text_is_read(profile):
     drafts = {text: load_or_distill(profile, "forward-kl", texts=text)[0].head.weight for text in TEXTS}
-    assert not any(torch.equal(drafts["data"], drafts[text]) for text in ("draft", "target"))
+    assert not any(torch.equal(drafts["data"], drafts[text]) for text in TEXTS if text != "data")
     files = sorted((distill.build_dir() / "toy" / "tokens").glob("*.npy"))
-    assert [path.name.split("-")[0] for path in files] == ["draft", "target"]
-    assert all(len(np.load(path)) == profile.distillation.tokens for path in files)
+    assert [path.name.split("-")[0] for path in files] == ["data+target", "draft", "target"]
+    assert all(len(np.load(path)) == profile.distillation.tokens for path in files[1:])
     with pytest.raises(ValueError, match="no text of 'nobody'"):
         load_or_distill(profile, "forward-kl", texts="nobody")
+
+
+def test_the_last_phase_reads_texts_as_they_will_be_asked_for(profile, monkeypatch):
+    """After the data's, at every temperature of the benchmark, of its length, and not more of them than wanted."""
+    bench = replace(profile.bench, prompt_tokens=3, new_tokens=5, temperatures=(0.0, 1.0))
+    two = replace(profile, distillation=replace(SCHEDULE, phases=SCHEDULE.phases * 2), bench=bench, own_text=64)
+    read, real = [], distill.trained
+    monkeypatch.setattr(distill, "trained", lambda *a: read.append((a[4].train, a[5].iterations)) or real(*a))
+    load_or_distill(two, "forward-kl", texts="data+target")
+    (first, n), (last, m) = read
+    assert n == m == SCHEDULE.iterations and first is not last and len(last) == 64
+    target = ready(load_or_train(two, "target")[0])  # as it writes
+    greedy = last[:32].reshape(4, 8).tolist()
+    assert all(text[3:-1] == list(generate(target, text[:3], max_new_tokens=4, sampling=Sampling(0))) for text in greedy)
+    assert all(text[-1] == toy_data().eot for text in last.reshape(8, 8).tolist())
 
 
 def test_every_recipe_is_compared_and_recorded(profile, monkeypatch, tmp_path):
