@@ -386,9 +386,8 @@ __device__ void tiles(int kind, int layer, int rows, int width, const W* weights
   const bool whole = kind == HEAD;
   const int share = whole ? pieces : (pieces + WARPS - 1) / WARPS, begin = whole ? 0 : warp() * share,
             end = smaller(pieces, begin + share), workers = whole ? gridDim.x * WARPS : gridDim.x;
-  bool waits = true;
-  // all warps must come by `ready` once, whether they have a tile and columns of it or not
-  AS_IT_IS for (int tile = whole ? blockIdx.x * WARPS + warp() : blockIdx.x; tile < n_tiles || waits; tile += workers * T) {
+  ready();
+  AS_IT_IS for (int tile = whole ? blockIdx.x * WARPS + warp() : blockIdx.x; tile < n_tiles; tile += workers * T) {
     // what a thread will deliver: two columns of a row of the j-th tile
     struct Item { int j, r, head, c; bool wanted; };
     auto item_of = [=](int i) -> Item {
@@ -406,11 +405,10 @@ __device__ void tiles(int kind, int layer, int rows, int width, const W* weights
       if (kind == QKV) row = row / 2 + (half_heads(row / 2) + g % 2) * apart;
       at[i] = (const uint4*)(weights + (int64)smaller(row, n - 1) * width) + t;
     }
-    AS_IT_IS for (int some = begin; some < end || waits; some += B) {
+    AS_IT_IS for (int some = begin; some < end; some += B) {
       uint4 raw[B][T];
       UNROLL for (int b = 0; b < B; b++) UNROLL for (int i = 0; i < T; i++)
         raw[b][i] = stream(at[i] + 4 * (some + b), some + b < end && 32 * (some + b) + 8 * t < width && tile + i * workers < n_tiles);
-      if (waits) ready(), waits = false;
       UNROLL for (int b = 0; b < B; b++) if (some + b < end) {
         unsigned a[2][4][3] = {};  // of two rows four pairs of numbers
         UNROLL for (int half = 0; half < 2; half++) if (g + 8 * half < rows && 32 * (some + b) + 8 * t < width) {
