@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .model import KVCache, ModelConfig, Transformer
-from .native import LANES, MOST, TYPES, NativeModel, library, sums
+from .native import LANES, MOST, TYPES, NativeModel, Whole, library, sums
 from .sampling import Randomness, Sampling, token_wise
 
 
-class CompiledModel:
+class CompiledModel(Whole):
     """``model`` for decoding, called like the model itself. Any number of tokens is read as passes of at most 32 rows.
 
     The logits of a token are the same bits whatever tokens are read with it.
@@ -27,6 +27,7 @@ class CompiledModel:
             raise ValueError(f"compiled passes do not know {model.dtype}; choose float32, float64 or bfloat16.")
         self.config, self.device, self.dtype, self.offered = model.config, model.device, model.dtype, model.offered
         self.native, self.sums = NativeModel(model), sums(model.dtype)
+        self.n_choices = self.native.n_choices
         self.calls, self.type, self.at = library(), TYPES[model.dtype], ctypes.byref(self.native.struct)
 
     def new_cache(self) -> "PanelCache":
@@ -61,27 +62,13 @@ class CompiledModel:
             return self.draw_filtered(ids, cache, sampling, randomness, n)
         rows, ids = ids.shape[1], _long(ids)
         start = cache.append(rows + n - 1)
-        tokens, probs = torch.empty(n, dtype=torch.long), torch.empty(n, self.native.n_choices, dtype=self.sums)
+        tokens, probs = torch.empty(n, dtype=torch.long), torch.empty(n, self.n_choices, dtype=self.sums)
         numbers = randomness.uniforms(n)
         _check(self.calls.draw(
             self.type, self.at, *cache.at, ids.data_ptr(), rows, start, n, sampling.temperature, numbers.data_ptr(),
             tokens.data_ptr(), probs.data_ptr(),
         ))  # fmt: skip
         return tokens, probs
-
-    def propose(self, *_) -> None:
-        """Nothing is faster than `draw` here."""
-
-    def draw_filtered(self, ids: Tensor, cache: "PanelCache", sampling: Sampling, randomness: Randomness, n: int):
-        """`draw` step by step, because native.cpp does not know the filters."""
-        tokens, rows = [], []
-        for _ in range(n):
-            probs = sampling.probs_or_nan(self(ids, cache)[0, -1, : self.native.n_choices])
-            tokens.append(randomness.choose(probs))
-            rows.append(probs)
-            token = tokens[-1].clamp(max=self.native.n_choices - 1)  # after a row of NaN, which the engine sees itself
-            ids = (token if self.offered is None else self.offered[token])[None]
-        return torch.cat(tokens), torch.stack(rows)
 
 
 class PanelCache(KVCache):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .model import KVCache, Transformer
-from .native import SIZES, Layer
+from .native import SIZES, Layer, Whole
 from .sampling import Randomness, Sampling, token_wise
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
@@ -167,7 +167,7 @@ class _Model(Structure):
     ]  # fmt: skip
 
 
-class CudaModel:
+class CudaModel(Whole):
     """``model`` for decoding, called like the model itself. Any number of tokens is read as passes of at most 16 rows.
 
     The logits of a token are the same bits whatever tokens are read with it. All work of a model is to be on one stream.
@@ -189,7 +189,7 @@ class CudaModel:
         )  # fmt: skip
         if C % 8 or not 4 <= D <= 256 or config.n_layers > LAYERS or 512 + 4 * self.kernels.threads + room > self.kernels.most:
             raise ValueError(
-                f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 880 on an H100; "
+                f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 848 on an H100; "
                 f"{config.n_layers} of {C} were given: choose graphs."
             )
         self.kept: list[Tensor] = []  # what the pointers point to
@@ -297,17 +297,6 @@ class CudaModel:
         )  # fmt: skip
         self.epoch += n
         return tokens, probs
-
-    def draw_filtered(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int):
-        """`draw` step by step, because native.cu does not know the filters."""
-        tokens, rows = [], []
-        for _ in range(n):
-            probs = sampling.probs_or_nan(self(ids, cache)[0, -1, : self.n_choices])
-            tokens.append(randomness.choose(probs))
-            rows.append(probs)
-            token = tokens[-1].clamp(max=self.n_choices - 1)  # after a row of NaN, which the engine sees itself
-            ids = (token if self.offered is None else self.offered[token])[None]
-        return torch.cat(tokens), torch.stack(rows)
 
     def _long(self, ids: Tensor) -> Tensor:
         """ids (1, T) → (T,) on the device, as they lie in memory."""

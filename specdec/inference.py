@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from .compiled import CompiledModel, CompiledSampling, compiled_token_wise
 from .cuda import CudaModel, CudaSampling, cuda_token_wise
 from .model import KVCache, Transformer
-from .native import MOST, PanelLinear
+from .native import MOST, PanelLinear, Whole
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
 from .sampling import Randomness, Rule, Sampling, token_wise
 from .train import can_compile, has_bf16
 
 PASSES = ("eager", "compiled", "graphs")
-Whole = CompiledModel | CudaModel  # whose passes, and drafts of several tokens, are one call each
 Model = Transformer | FixedShapes | Whole
 
 

@@ -3,7 +3,8 @@
 // whole pass, or a whole draft, is one kernel whose blocks, one for each multiprocessor, wait for each other.
 //
 // In a product a warp multiplies a few rows of weights, each loaded once, with all rows of numbers, which every block has
-// copied into its shared memory; weights in bfloat16 on tensor cores, with numbers as sums of three of bfloat16. What the next phases need is asked for while blocks wait, so that memory is never idle.
+// copied into its shared memory. Weights in bfloat16 meet them on tensor cores, each number as a sum of three of bfloat16,
+// so that none is rounded; up to 16 rows then cost what one does. What the next phases need is asked for while blocks wait.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 //
 //     R rows · C width · D head size · H heads · K of keys and values · S tokens in the cache · W type of the weights
@@ -43,7 +44,7 @@ struct Model {
   const W* embedding;
   const float *cos, *sin, *norm;  // cos and sin (context, D/2)
   const W* head;
-  const W* drawn;  // the embedding of what a draft may draw
+  const W* drawn;        // rows of the embedding of those ids, one after another
   const int64* offered;  // ids of a trimmed output layer, or null
   float *x, *queries, *mixed, *inner, *logits;  // where rows lie between phases; of a draft also one row of logits
   int64* next;  // the token drawn last
@@ -377,16 +378,15 @@ __device__ void split(float a, float b, unsigned (&parts)[3]) {
 
 // The rows in shared memory · (n, width) weights in bfloat16, in tiles of 8 rows of weights, T a block at once, of queries
 // and so on both numbers of 4 pairs. Each warp has some columns of them, B pieces of 32 under way; of the output layer,
-// which has tiles enough for all warps, all columns. The first weights are under way before the rows are `ready`.
-template <int T, int B, typename Ready>
-__device__ void tiles(int kind, int layer, int rows, int width, const W* weights, int n, int apart, Ready ready) {
+// which has tiles enough for all warps, all columns.
+template <int T, int B>
+__device__ void tiles(int kind, int layer, int rows, int width, const W* weights, int n, int apart) {
   const float4* const x = rest();
   float2* const parts = (float2*)(rest() + rows * (width / 4 + 1));  // (WARPS, T, rows, 4)
   const int n_tiles = (n + 7) / 8, pieces = (width + 31) / 32, g = lane() / 4, t = lane() % 4;
   const bool whole = kind == HEAD;
   const int share = whole ? pieces : (pieces + WARPS - 1) / WARPS, begin = whole ? 0 : warp() * share,
             end = smaller(pieces, begin + share), workers = whole ? gridDim.x * WARPS : gridDim.x;
-  ready();
   AS_IT_IS for (int tile = whole ? blockIdx.x * WARPS + warp() : blockIdx.x; tile < n_tiles; tile += workers * T) {
     // what a thread will deliver: two columns of a row of the j-th tile
     struct Item { int j, r, head, c; bool wanted; };
@@ -446,13 +446,11 @@ __device__ void tiles(int kind, int layer, int rows, int width, const W* weights
 }
 
 // the rows in shared memory · (n, width) weights
-template <typename Ready>
-__device__ void product(int kind, int layer, int rows, int width, const W* weights, int n, int apart, Ready ready) {
+__device__ void product(int kind, int layer, int rows, int width, const W* weights, int n, int apart) {
   if constexpr (PIECE == 1) {
-    if (kind == OUT || kind == DOWN) tiles<1, 6>(kind, layer, rows, width, weights, n, apart, ready);
-    else tiles<3, 2>(kind, layer, rows, width, weights, n, apart, ready);
+    if (kind == OUT || kind == DOWN) tiles<1, 6>(kind, layer, rows, width, weights, n, apart);
+    else tiles<3, 2>(kind, layer, rows, width, weights, n, apart);
   } else {
-    ready();
     AS_IT_IS for (int above = 0; above < rows; above += MANY) {
       const int left = rows - above;
       if (left == 1) groups<1>(kind, layer, above, rows, width, weights, n, apart);
@@ -537,14 +535,12 @@ __device__ void pass(const int64* ids, int rows, int wanted) {
     const int l = step / 4, kind = l == m.n_layers ? HEAD : step % 4;
     const Layer& layer = m.layers[l];
     const int skipped = kind == HEAD ? wanted : 0;
-    auto ready = [&] {
-      if (kind == OUT || kind == DOWN) stage(kind == OUT ? m.mixed : m.inner, rows, kind == OUT ? C : F);
-      else norm(step ? nullptr : ids, m.x + skipped * C, rows - skipped,
-                kind == HEAD ? m.norm : kind == QKV ? layer.attention_norm : layer.mlp_norm);
-    };
+    if (kind == OUT || kind == DOWN) stage(kind == OUT ? m.mixed : m.inner, rows, kind == OUT ? C : F);
+    else norm(step ? nullptr : ids, m.x + skipped * C, rows - skipped,
+              kind == HEAD ? m.norm : kind == QKV ? layer.attention_norm : layer.mlp_norm);
     const W* weights = kind == HEAD ? m.head : kind == QKV ? layer.qkv : kind == OUT ? layer.out : kind == UP ? layer.up : layer.down;
     const int outputs = kind == HEAD ? N : kind == QKV ? Q : kind == UP ? F : C;
-    product(kind, l, rows - skipped, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : (outputs + 1) / 2, ready);
+    product(kind, l, rows - skipped, kind == DOWN ? F : C, weights, outputs, kind == QKV ? m.head_size / 2 : (outputs + 1) / 2);
     if (kind == HEAD) return;
     AS_IT_IS for (int after = 0; after < (kind == QKV ? 2 : 1); after++) {
       if (after && m.head_size <= 64) attend<1>(l, rows);

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .checkpoint import put_in_place
 from .data import build_dir
-from .model import Transformer
+from .model import KVCache, Transformer
+from .sampling import Randomness, Sampling
 
 LANES, MOST = 8, 32  # as in native.cpp: outputs of a panel, most rows of a pass
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16: of the weights; sums are float32
@@ -106,6 +107,28 @@ class PanelLinear(nn.Module):
         y = rows.new_empty(len(rows), len(self.panels) * LANES)
         self.multiply(self.type, rows.data_ptr(), *rows.shape, self.panels.data_ptr(), len(self.panels), y.data_ptr())
         return y[:, : self.n_outputs].view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class Whole:
+    """A model whose passes, and drafts of several tokens, are one call each: what those of a CPU and of a GPU share."""
+
+    n_choices: int  # ids that it offers
+    offered: Tensor | None  # which those are, if they are not all
+
+    def propose(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int):
+        """`draw`, of ids and rows over the whole vocabulary whatever the model offers, where that is quicker; else None."""
+        return None
+
+    def draw_filtered(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int):
+        """`draw` step by step, because what runs outside of Python does not know the filters."""
+        tokens, rows = [], []
+        for _ in range(n):
+            probs = sampling.probs_or_nan(self(ids, cache)[0, -1, : self.n_choices])
+            tokens.append(randomness.choose(probs))
+            rows.append(probs)
+            token = tokens[-1].clamp(max=self.n_choices - 1)  # after a row of NaN, which the engine sees itself
+            ids = (token if self.offered is None else self.offered[token])[None]
+        return torch.cat(tokens), torch.stack(rows)
 
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "head_size", "width", "hidden", "n_ids", "n_offered", "n_choices", "squared",

@@ -202,6 +202,7 @@ def readme_block() -> str:
             if (results_dir() / profile / f"{name}.png").exists():
                 parts.append(f"![{name} figure](results/{profile}/{name}.png)\n")
         parts.append(_other_run(profile))
+        parts.append(_elsewhere_table(profile))
         parts.append(_accelerator_table(profile))
         parts.append(_peers_table(profile))
         parts.append(_recipes_table(profile))
@@ -295,8 +296,17 @@ def _other_run(profile: str) -> str:
 
 
 def _experiment(profile: str) -> str:
-    """The benchmark that the profile's headline is of: its own, else the one on two cores of models trained elsewhere."""
-    return "benchmark" if (results_dir() / profile / "benchmark.json").exists() else "benchmark_two_cores"
+    """The benchmark that the profile's headline is of: its own, unless a cut run left only a part of it, else the one on two
+    cores of models trained elsewhere."""
+    return "benchmark_two_cores" if _finished(profile, "benchmark") is None else "benchmark"
+
+
+def _finished(profile: str, experiment: str) -> dict | None:
+    try:
+        result = load(profile, experiment)
+    except ValueError:
+        return None
+    return None if result["params"].get("unfinished") else result
 
 
 def _origin(profile: str) -> str:
@@ -315,11 +325,35 @@ def _origin(profile: str) -> str:
         tokens = training["params"][role]["tokens"]
         lines.append(f"| {role} | {v['weights'] / 1e6:.1f}M | {tokens / 1e6:.1f}M | {v['seconds']:.0f} | {v['flops'] / 1e12:.0f} "
                      f"| {v['validation_loss']:.3f} |")  # fmt: skip
+    distilled = (_finished(profile, "distillation") or {"params": {}})["params"]
+    if distilled.get("texts") == "data+target":
+        lines += ["", f"The distilled draft read {distilled['tokens'] / 1e6:.1f}M tokens more, in its last phase what the target "
+                  f"itself writes at both temperatures ({distilled['own_text'] / 1e6:.1f}M tokens of it); its control as many of the data's."]  # fmt: skip
     if _experiment(profile) != "benchmark":
         n, weights = measured["params"]["n_prompts"], measured["params"].get("weights")
         lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {n} "
                   "held-out prompts (on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
     return "\n".join([*lines, ""])
+
+
+def _elsewhere_table(profile: str) -> str:
+    """The same models, measured in other ways or on another machine than the headline's."""
+    lines = []
+    for name, how in (("benchmark_eager", "eager"), ("benchmark_graphs", "CUDA graphs"), ("benchmark_two_cores", "two CPU cores")):
+        result = _finished(profile, name)
+        if result is None or name == _experiment(profile):
+            continue
+        best = result["values"]["best"]
+        cells = [best.get(f"{draft} T={t}") for draft in ("small", "small distilled") for t in (0, 1)]
+        shown = ["—" if c is None else f"{c['speedup']:.2f}× [{c['ci95_low']:.2f}, {c['ci95_high']:.2f}]" for c in cells]
+        lines.append(f"| {how} | {result['provenance']['machine']} | {result['params']['n_prompts']} × {result['params']['new_tokens']} "
+                     f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(shown)} |")  # fmt: skip
+    if not lines:
+        return ""
+    head = ["The same models otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
+            "| passes | machine | texts × tokens | A, tokens/s | as trained, 0 | 1 | distilled, 0 | 1 |",
+            "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    return "\n".join([*head, *lines, ""])
 
 
 def _accelerator_table(profile: str) -> str:
@@ -336,9 +370,11 @@ def _accelerator_table(profile: str) -> str:
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     by_name = {(s["passes"], s["model"]): s for s in steps}
     for passes in dict.fromkeys(s["passes"] for s in steps):
-        target, small, medium = (by_name[passes, role] for role in ("target", "small", "medium"))
+        target, (small, medium) = by_name[passes, "target"], (
+            f"{by_name[passes, role]['seconds'] * 1e3:.2f}" if (passes, role) in by_name else "—" for role in ("small", "medium")
+        )  # fmt: skip
         lines.append(f"| {passes} | {target['seconds'] * 1e3:.2f} | {target['fraction']:.0%} | {target['v5']:.2f} | {target['v9']:.2f} "
-                     f"| {small['seconds'] * 1e3:.2f} | {medium['seconds'] * 1e3:.2f} |")  # fmt: skip
+                     f"| {small} | {medium} |")  # fmt: skip
     return "\n".join([*lines, ""])
 
 

@@ -89,7 +89,8 @@ def reproduce(
             continue
         with two_cores(where != device):
             chosen = {name: model for name, model in models.items() if name == "target" or name in (drafts or models)}
-            keep = partial(record_benchmark, profile, settings=settings, experiment=experiment)  # what a cut would leave
+            # what a cut would leave
+            keep = partial(record_benchmark, profile, settings=settings, experiment=experiment, finished=False)
             result = measure(chosen, data, settings, where, keep)
         record_benchmark(profile, result, settings, experiment=experiment, run=run)
         if experiment == "benchmark":
@@ -202,7 +203,10 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
             for t in profile.bench.temperatures
         }
         line |= {"validation_loss": histories[name].validation_loss, "seconds": histories[name].seconds}
-    params = {"iterations": profile.distillation.iterations, "tokens": profile.distillation.tokens}
+    schedule = profile.distillation
+    params = {"iterations": schedule.iterations, "tokens": schedule.tokens, "texts": profile.texts}
+    if profile.texts != "data":
+        params["own_text"] = min(profile.own_text, schedule.tokens)
     rows = [{"model": name} | row for name in values for row in histories[name].rows]
     alphas = {"as trained": "small", "control": "small control", "distilled": "small distilled"}
     values = {"alpha_held_out": {label: values[name]["alpha_held_out"] for label, name in alphas.items()}, "drafts": values}
@@ -299,14 +303,15 @@ def is_done(profile: Profile, experiment: str, run: dict) -> bool:
 
 
 def record_benchmark(
-    profile: Profile, result: bench.Benchmark, settings: BenchConfig, *, experiment: str = "benchmark", run: dict | None = None
-) -> None:
+    profile: Profile, result: bench.Benchmark, settings: BenchConfig, *, experiment: str = "benchmark", run: dict | None = None,
+    finished: bool = True,
+) -> None:  # fmt: skip
     """``<experiment>.json`` with its raw rows, ``<experiment>_cells`` with one line per drafter, temperature and k, and
-    the figure of those. Without ``run`` the experiment does not count as done."""
+    the figure of those. Without ``run`` the experiment does not count as done; one that is not ``finished`` says so."""
     shown = ("n_prompts", "new_tokens", "ks", "dtype", "passes")
     report.record(
         profile.name, experiment,
-        params={key: value for key, value in asdict(settings).items() if key in shown} | (run or {}),
+        params={key: value for key, value in asdict(settings).items() if key in shown} | (run or {}) | ({} if finished else {"unfinished": True}),
         values={
             "best": result.best, "best_k": result.best_k, "aa": result.aa, "alpha": result.alpha,
             "acceptance_by_position": result.by_position, "prediction_r2": result.r2,

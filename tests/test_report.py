@@ -130,14 +130,22 @@ def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
     report.record("seed", "training", params={"target": {"tokens": 2e6}}, values={"target": line})
     steps = [
         {"sizes": "seed", "passes": passes, "model": model, "dtype": "bfloat16", "seconds": 0.004, "fraction": 0.5, "v5": 1.1, "v9": 1.2}
-        for passes in ("eager", "graphs") for model in ("target", "small", "medium")
+        for passes in ("eager", "graphs") for model in ("target", "small")
     ]  # fmt: skip
     data = {"tokens": 4e6, "source": "local text", "sha256": "0123456789abcdef"}
     report.record("seed", "roofline", params={"data": data}, values={"steps": steps})
-    report.record("seed", "benchmark_two_cores", params={"n_prompts": 9}, values={"best": {}})
+    cell = {"speedup": 1.5, "ci95_low": 1.4, "ci95_high": 1.6, "tokens_per_second": 70}
+    two_cores = {"target T=1": cell, "small T=0": cell, "small distilled T=1": cell}
+    report.record("seed", "benchmark_two_cores", params={"n_prompts": 9, "new_tokens": 5}, values={"best": two_cores})
     text = report.readme_block()
     assert "4.0M tokens of local text (sha256 of the tokens 0123456789ab…)" in text
-    assert "| target | 3.0M | 2.0M | 5 | 7 | 4.500 |" in text and "| graphs | 4.00 | 50% | 1.10 | 1.20 | 4.00 | 4.00 |" in text
+    assert "| target | 3.0M | 2.0M | 5 | 7 | 4.500 |" in text and "| graphs | 4.00 | 50% | 1.10 | 1.20 | 4.00 | — |" in text
     assert "with 9 held-out prompts (on the GPU itself C ÷ A is not measured yet)" in text
+    report.record("seed", "benchmark", params={"unfinished": True}, values={"best": {}})  # cut off
+    assert "two CPU cores** with" in report.readme_block() and "otherwise" not in report.readme_block()
     report.record("seed", "benchmark", params={}, values={"best": {}})  # once it is, two cores are no longer the headline
-    assert "two CPU cores** with" not in report.readme_block()
+    params = {"texts": "data+target", "tokens": 6e6, "own_text": 1e6}
+    report.record("seed", "distillation", params=params, values={})
+    text = report.readme_block()
+    assert "two CPU cores** with" not in text and "read 6.0M tokens more" in text and "(1.0M tokens of it)" in text
+    assert "| 9 × 5 | 70 | 1.50× [1.40, 1.60] | — | — | 1.50× [1.40, 1.60] |" in text
