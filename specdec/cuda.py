@@ -1,5 +1,6 @@
-"""Short passes on a GPU, each one launch of native.cu or draft.cu: a pass, a draft of several tokens, rows of
-probabilities, a decision. What `compiled.py` is for the CPU, on CUDA tensors. Nothing here waits for the device.
+"""Short passes on a GPU, each one launch of a kernel of native.cu, sampling.cu and draft.cu: a pass, a draft of several
+tokens, rows of probabilities, a decision. What `compiled.py` is for the CPU, on CUDA tensors, with weights in bfloat16.
+Nothing here waits for the device.
 """
 
 import ctypes
@@ -19,8 +20,7 @@ MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
 CLUSTER, KEYS = 16, 4  # blocks of a cluster; keys of a warp of draft.cu, most
 BLOCKS = 160  # of a launch, most
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cu", "draft.cu")]
-WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cu", "sampling.cu", "draft.cu")]
 ARGUMENTS = {
     "run": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int),
     "draft": (
@@ -43,19 +43,19 @@ class _ClusterSize(Structure):
     _fields_ = [("kind", c_int), ("pad", c_int), ("x", c_uint), ("y", c_uint), ("z", c_uint), ("rest", c_char * 52)]
 
 
-def compiled(weights: str, device: torch.device, shared: int) -> bytes:
+def compiled(device: torch.device, shared: int) -> bytes:
     """The kernels for ``device``, whose launches ask for ``shared`` bytes, in about five seconds."""
     try:
         nvrtc = ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")
     except OSError:  # where pip puts it
         nvrtc = ctypes.CDLL(str(next(Path(torch.__file__).parents[1].glob("nvidia/**/libnvrtc.so.*"))))
     major, minor = torch.cuda.get_device_capability(device)
-    source = "\n".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in SOURCES[: 2 if major >= 9 else 1])
+    source = "\n".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in SOURCES[: 3 if major >= 9 else 2])
     program, size = c_void_p(), c_size_t()
     nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"specdec.cu", 0, None, None)
     # the last: what multiplies and adds in one instruction says so itself, so that it does in any company
     options = (
-        f"-DW={weights} -DTHREADS={THREADS} -DSHARED={shared} -DKEYS={KEYS} -DBLOCKS={BLOCKS} --gpu-architecture=sm_{major}{minor} -std=c++17 "
+        f"-DTHREADS={THREADS} -DSHARED={shared} -DKEYS={KEYS} -DBLOCKS={BLOCKS} --gpu-architecture=sm_{major}{minor} -std=c++17 "
         "--fmad=false"
     ).split()
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*(o.encode() for o in options)))
@@ -70,18 +70,18 @@ def compiled(weights: str, device: torch.device, shared: int) -> bytes:
 
 
 class Kernels:
-    """The kernels for one type of weights, loaded on ``device``."""
+    """The kernels, loaded on ``device``."""
 
     threads, cluster, keys = THREADS, CLUSTER, KEYS
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
+    def __init__(self, device: torch.device):
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # now there is a context to load them into
             properties = torch.cuda.get_device_properties(device)
             self.device, self.blocks = device, min(BLOCKS, properties.multi_processor_count)
             self.most = properties.shared_memory_per_block_optin - STATIC  # bytes that a launch may ask for
             self.driver, self.module, self.functions = ctypes.CDLL("libcuda.so.1"), c_void_p(), {}
-            self.check(self.driver.cuModuleLoadData(byref(self.module), compiled(WEIGHTS[dtype], device, self.most)))
+            self.check(self.driver.cuModuleLoadData(byref(self.module), compiled(device, self.most)))
             self.configurations, has_clusters = {}, properties.major >= 9
             for name in ARGUMENTS:
                 if name == "draft" and not has_clusters:
@@ -120,7 +120,7 @@ class Kernels:
         self.check(self.driver.cuLaunchKernelEx(byref(config), self.functions[name], arguments, None))
 
 
-kernels = cache(Kernels)  # of a type and a device
+kernels = cache(Kernels)
 
 
 class Call:
@@ -152,7 +152,7 @@ class Shared(Call):
 
 @cache
 def call(name: str, device: torch.device) -> Shared:
-    return Shared(kernels(torch.float32, device), name, device)
+    return Shared(kernels(device), name, device)
 
 
 class _Model(Structure):
@@ -175,10 +175,10 @@ class CudaModel(Whole):
 
     def __init__(self, model: Transformer):
         config, C, F = model.config, model.config.width, 4 * model.config.width
-        if model.dtype not in WEIGHTS:
-            raise ValueError(f"CUDA passes do not know {model.dtype}; choose float32 or bfloat16.")
+        if model.dtype != torch.bfloat16:
+            raise ValueError(f"CUDA passes do not know {model.dtype}; choose bfloat16, or graphs.")
         self.config, self.device, self.dtype, self.offered = config, model.device, model.dtype, model.offered
-        self.kernels = kernels(model.dtype, model.device)
+        self.kernels = kernels(model.device)
         self.n_offered = len(model.head.weight)
         self.n_choices = min(self.n_offered, config.n_ids)
         D = config.head_size
@@ -187,9 +187,9 @@ class CudaModel(Whole):
             4 * (D + 2) * warps, 4 * -(-self.n_choices // self.kernels.blocks), 4 * MOST * (4 * C + 4 + 8 * warps),
             4 * MOST * (C + 4 + 24 * warps),
         )  # fmt: skip
-        if C % 8 or not 4 <= D <= 256 or config.n_layers > LAYERS or 512 + 4 * self.kernels.threads + room > self.kernels.most:
+        if C % 8 or not 4 <= D <= 256 or config.n_layers > LAYERS or 512 + room > self.kernels.most:
             raise ValueError(
-                f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 848 on an H100; "
+                f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 856 on an H100; "
                 f"{config.n_layers} of {C} were given: choose graphs."
             )
         self.kept: list[Tensor] = []  # what the pointers point to
@@ -199,7 +199,7 @@ class CudaModel(Whole):
             return self.kept[-1].data_ptr()
 
         def weight(linear) -> int:
-            return at(linear.weight, model.dtype)
+            return at(linear.weight, torch.bfloat16)
 
         def room(n: int, dtype=torch.float32) -> int:
             return at(torch.zeros(n, dtype=dtype, device=model.device), dtype)
@@ -213,7 +213,7 @@ class CudaModel(Whole):
             config.n_layers, config.n_heads, config.n_kv_heads, config.head_size, C, F, config.vocab_size, self.n_offered,
             self.n_choices, config.activation == "relu2", config.context, config.norm_eps,
             weight(model.embedding), at(model.cos), at(model.sin), at(model.norm.weight), weight(model.head),
-            weight(model.embedding) if model.offered is None else at(model.embedding.weight[model.offered], model.dtype),
+            weight(model.embedding) if model.offered is None else at(model.embedding.weight[model.offered], torch.bfloat16),
             None if model.offered is None else at(model.offered, torch.long),
             room(MOST * C), room(MOST * C), room(MOST * C), room(MOST * F), room(self.n_offered), room(1, torch.long),
             room(4 * BLOCKS, torch.long), room(2 * self.n_choices, torch.long), room(1, torch.int32), (Layer * LAYERS)(*layers),
@@ -230,7 +230,7 @@ class CudaModel(Whole):
         in_order = self.offered is None or bool((self.offered.diff() > 0).all())
         if not in_order or not self.kernels.clusters or D > 64 or H // K > 4 or any(x % n for x in (Q // 2, C, F // 4)):
             return False
-        weights = L * (Q * C + C * C + 2 * F * C) // n * self.dtype.itemsize
+        weights = L * (Q * C + C * C + 2 * F * C) // n * 2
         numbers = (2 * L + 1) * C + C + Q + C + F + (H * parts + warps * (H // K)) * (D + 2)
         numbers += 2 * -(-self.n_choices // (n * self.kernels.clusters)) + 6 + 4 * Q // 2 // n + D + 2 * C
         return c.context <= parts * warps * self.kernels.keys and 512 + weights + 4 * numbers <= self.kernels.most

@@ -1,4 +1,5 @@
-// Drafts of a model whose layers fit into the shared memory of one cluster of blocks; compiled together with native.cu.
+// Drafts of a model whose layers fit into the shared memory of one cluster of blocks; compiled together with native.cu and
+// sampling.cu.
 //
 // A pass of a small model takes no time but for waiting: of all blocks for each other, some five times a layer. Here the
 // blocks of a cluster keep the rows of a layer between them from token to token, put what they compute where the others
@@ -56,8 +57,8 @@ constexpr int HEADS = 4;  // that share keys, most
 
 // rows of weights into shared memory; row(i) is where the i-th lies
 template <typename Row>
-__device__ void keep(W* to, int n_rows, int width, Row row) {
-  const int pieces = width * (int)sizeof(W) / 16;
+__device__ void keep(bfloat16* to, int n_rows, int width, Row row) {
+  const int pieces = width * (int)sizeof(bfloat16) / 16;
   AS_IT_IS for (int i = threadIdx.x; i < n_rows * pieces; i += THREADS)
     copy((uint4*)to + i, (const uint4*)row(i / pieces) + i % pieces);
 }
@@ -66,10 +67,10 @@ __device__ void keep(W* to, int n_rows, int width, Row row) {
 // gets the sum of row lane/(32/G).
 template <int G, bool NORM, typename Piece>
 __device__ float dot(Piece piece, const float* x, const float* gains, int width, float eps) {
-  float squares = 0, sums[1][G] = {};
+  float squares = 0, sums[G] = {};
   AS_IT_IS for (int i = lane(); i < width / 8; i += 32) {
-    uint4 raw[G][PIECE];
-    UNROLL for (int g = 0; g < G; g++) UNROLL for (int v = 0; v < PIECE; v++) raw[g][v] = piece(g, i * PIECE + v);
+    uint4 raw[G];
+    UNROLL for (int g = 0; g < G; g++) raw[g] = piece(g, i);
     const float4 p = ((const float4*)x)[2 * i], q = ((const float4*)x)[2 * i + 1];
     float numbers[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
     if (NORM) {
@@ -77,12 +78,14 @@ __device__ float dot(Piece piece, const float* x, const float* gains, int width,
       const float by[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
       UNROLL for (int j = 0; j < 8; j++) squares = __fmaf_rn(numbers[j], numbers[j], squares), numbers[j] *= by[j];
     }
-    UNROLL for (int j = 0; j < 8; j++) UNROLL for (int g = 0; g < G; g++)
-      sums[0][g] = __fmaf_rn(weight(raw[g], j), numbers[j], sums[0][g]);
+    UNROLL for (int j = 0; j < 8; j++) UNROLL for (int g = 0; g < G; g++) {
+      const unsigned two = j / 2 == 0 ? raw[g].x : j / 2 == 1 ? raw[g].y : j / 2 == 2 ? raw[g].z : raw[g].w;
+      sums[g] = __fmaf_rn(j % 2 ? second_of(two) : first_of(two), numbers[j], sums[g]);
+    }
   }
-  reduce(sums);
-  if (!NORM) return sums[0][0];
-  return sums[0][0] * rsqrtf(__fdividef(of_warp(squares, Plus()), width) + eps);
+  const float sum = reduce(sums);
+  if (!NORM) return sum;
+  return sum * rsqrtf(__fdividef(of_warp(squares, Plus()), width) + eps);
 }
 
 }  // namespace
@@ -111,7 +114,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   const int beyond = slice.from + slice.n < m.n_choices ? id_of(slice.from + slice.n) : n_ids;
 
   int64* const gates = (int64*)(memory + 28);
-  W* const kept = (W*)(memory + 32);
+  bfloat16* const kept = (bfloat16*)(memory + 32);
   const int of_out = 2 * pairs * C, of_up = of_out + own * C, of_down = of_up + inner_own * C, of_layer = of_down + own * F;
   float* const gains = (float*)(kept + L * of_layer);
   float* const x = gains + (2 * L + 1) * C;
@@ -137,7 +140,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   for (int j = threadIdx.x; j < slice.n; j += THREADS) offered[j] = id_of(slice.from + j);
   AS_IT_IS for (int l = 0; l < L; l++) {
     const Layer& layer = m.layers[l];
-    W* to = kept + l * of_layer;
+    bfloat16* to = kept + l * of_layer;
     keep(to, 2 * pairs, C, [&](int i) { return layer.qkv + (int64)(column(i / 2) + i % 2 * (D / 2)) * C; });
     keep(to + of_out, own, C, [&](int i) { return layer.out + (int64)(rank * own + i) * C; });
     keep(to + of_up, inner_own, C, [&](int i) { return layer.up + (int64)(rank * inner_own + i) * C; });
@@ -158,7 +161,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   const bool upper = lane() >= 16;
   const float factor = LOG2E * rsqrtf(D);
   const int first_head = threadIdx.x / D;
-  const W* embedded = nullptr;
+  const bfloat16* embedded = nullptr;
   AS_IT_IS for (int i = 0; i < rows + n - 1; i++) {
     const int position = start + i, drawn = i - (rows - 1);
     const double number = drawn < 0 ? 0 : __ldg(numbers + drawn);
@@ -171,7 +174,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       angles[d] = d < D / 2 ? __ldg(m.cos + position * (D / 2) + d) : __ldg(m.sin + position * (D / 2) + d - D / 2);
     __syncthreads();
     AS_IT_IS for (int l = 0; l < L; l++) {
-      const W* const weights = kept + l * of_layer;
+      const bfloat16* const weights = kept + l * of_layer;
       const int64 cache = l * K * capacity * D;
       const int parity = (i * L + l) % 2;
       auto pass = [=](int gate) {
@@ -183,7 +186,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       AS_IT_IS for (int pair = warp(); pair < pairs; pair += WARPS) {
         const int4 turn = turns[pair];
         const uint4* const at = (const uint4*)(weights + 2 * pair * C);
-        const float own = dot<2, true>([=](int g, int j) { return at[g * (C / 8 * PIECE) + j]; }, x, gains + 2 * l * C, C, eps);
+        const float own = dot<2, true>([=](int g, int j) { return at[g * (C / 8) + j]; }, x, gains + 2 * l * C, C, eps);
         const float other = __shfl_xor_sync(ALL, own, 16), cos = angles[turn.y], sin = angles[D / 2 + turn.y];
         float v = turn.z == 2 ? own : own * cos + (upper ? other : -other) * sin;
         if (turn.z == 0) v *= factor;
@@ -212,10 +215,9 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
         UNROLL for (int b = 0; b < KEYS; b++) if (key(b) <= position) {
           if (has && key(b) == position)
             k[b] = *(const float2*)(qkv + (H + kv) * D + d), v[b] = *(const float2*)(qkv + (H + K + kv) * D + d);
-          float scores[1][HEADS];
-          UNROLL for (int g = 0; g < HEADS; g++) scores[0][g] = __fmaf_rn(q[g].y, k[b].y, q[g].x * k[b].x);
-          reduce(scores);
-          const float top = fmaxf(highest, scores[0][0]), before = exp2f(highest - top), p = exp2f(scores[0][0] - top);
+          float scores[HEADS];
+          UNROLL for (int g = 0; g < HEADS; g++) scores[g] = __fmaf_rn(q[g].y, k[b].y, q[g].x * k[b].x);
+          const float score = reduce(scores), top = fmaxf(highest, score), before = exp2f(highest - top), p = exp2f(score - top);
           highest = top, total = __fmaf_rn(total, before, p);
           UNROLL for (int g = 0; g < HEADS; g++) {
             const float by = __shfl_sync(ALL, before, 32 / HEADS * g), of = __shfl_sync(ALL, p, 32 / HEADS * g);
@@ -249,7 +251,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
         mixed[c] = __fdividef(all.x, all.z);
       }
       __syncthreads();
-      auto add = [&](const W* rows_of, const float* from, int width, int gate) {
+      auto add = [&](const bfloat16* rows_of, const float* from, int width, int gate) {
         AS_IT_IS for (int r = warp(); r < own; r += WARPS) {
           float* const to = x + rank * own + r;
           const float before = *to;  // all lanes know it before one of them may write
@@ -264,7 +266,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       AS_IT_IS for (int r = 4 * warp(); r < inner_own; r += 4 * WARPS) {
         const uint4* const at = (const uint4*)(weights + of_up + r * C);
         const float v = activated(
-            dot<4, true>([=](int g, int j) { return at[g * (C / 8 * PIECE) + j]; }, x, gains + (2 * l + 1) * C, C, eps));
+            dot<4, true>([=](int g, int j) { return at[g * (C / 8) + j]; }, x, gains + (2 * l + 1) * C, C, eps));
         float* const to = inner + rank * inner_own + r + lane() / 8;
         if (gives_near) give(to, near, v, gates + INNER);
         if (gives_next) give(to, next, v, gates + INNER);

@@ -21,7 +21,7 @@ extern "C" void launch(const char* kernel, int blocks, int cluster, int threads,
   {" ".join(f"KERNEL(specdec_{name})" for name in cuda.ARGUMENTS)}
 }}
 """
-FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -w -U_FORTIFY_SOURCE -DLEAST=1 -DKEYS=20"
+FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -w -U_FORTIFY_SOURCE -DKEYS=20"
 
 
 @pytest.fixture(scope="session")
@@ -33,15 +33,15 @@ def emulator(tmp_path_factory):
     class Emulated:
         threads, cluster, keys = 64, 4, 20
 
-        def __init__(self, dtype, device, blocks, clusters, most):
-            if (dtype, most) not in libraries:
-                path = folder / f"{cuda.WEIGHTS[dtype]}-{most}.so"
-                options = *FLAGS.split(), f"-DTHREADS={self.threads}", f"-DW={cuda.WEIGHTS[dtype]}", f"-DSHARED={most}"
+        def __init__(self, blocks, clusters, most):
+            if most not in libraries:
+                path = folder / f"{most}.so"
+                options = *FLAGS.split(), f"-DTHREADS={self.threads}", f"-DSHARED={most}"
                 options += "-include", str(header)
                 compiler = shutil.which("g++") or shutil.which("c++")
                 subprocess.run([compiler, *options, "-", "-o", str(path)], input=SOURCE.encode(), check=True)
-                libraries[dtype, most] = ctypes.CDLL(str(path))
-            self.library, self.most = libraries[dtype, most], most
+                libraries[most] = ctypes.CDLL(str(path))
+            self.library, self.most = libraries[most], most
             self.blocks, self.clusters = blocks, clusters
 
         def launch(self, name, blocks, arguments, cluster):
@@ -60,15 +60,15 @@ BLOCKS, CLUSTERS, MOST_SHARED = 3, 2, 224 << 10
 def device(request, monkeypatch):
     if request.param == "cpu":
         emulated = request.getfixturevalue("emulator")
-        monkeypatch.setattr(cuda, "kernels", lambda dtype, device: emulated(dtype, device, BLOCKS, CLUSTERS, MOST_SHARED))
+        monkeypatch.setattr(cuda, "kernels", lambda device: emulated(BLOCKS, CLUSTERS, MOST_SHARED))
         cuda.call.cache_clear()
     yield torch.device(request.param)
     cuda.call.cache_clear()
 
 
-def models(device, dtype=torch.bfloat16, **shape):
-    """A model in ``dtype`` with CUDA passes, and the same weights widened to float64."""
-    model = make_model(**{"context": 40, "scale": 3.0} | shape).to(device, dtype)
+def models(device, **shape):
+    """A model with CUDA passes, and the same weights widened to float64."""
+    model = make_model(**{"context": 40, "scale": 3.0} | shape).to(device, torch.bfloat16)
     return CudaModel(model), model.double()
 
 
@@ -84,12 +84,11 @@ SHAPES = [
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cuda_passes_are_the_same_passes(shape, dtype, device):
+def test_cuda_passes_are_the_same_passes(shape, device):
     """Every number of rows, a prompt longer than a pass, up to the last row of the context, rolled back and read again;
     whatever stands in the cache beyond the text."""
-    fast, model = models(device, dtype, **shape)
+    fast, model = models(device, **shape)
     cache, other = model.new_cache(), fast.new_cache()
     other.k.fill_(torch.nan), other.v.fill_(torch.nan)
     ids = torch.randint(0, 5, (1, 40), generator=torch.Generator().manual_seed(2)).to(device)
@@ -105,12 +104,10 @@ def test_cuda_passes_are_the_same_passes(shape, dtype, device):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("blocks", [1, 3, 8])
-def test_a_row_has_the_same_bits_in_any_company(dtype, blocks, device, monkeypatch):
-    """With 8 blocks several warps share a product."""
+def test_a_row_has_the_same_bits_in_any_company(blocks, device, monkeypatch):
     monkeypatch.setattr(f"{__name__}.BLOCKS", blocks)
-    fast, model = models(device, dtype, width=32, n_heads=4, n_kv_heads=2, vocab_size=11)
+    fast, model = models(device, width=32, n_heads=4, n_kv_heads=2, vocab_size=11)
     ids = torch.randint(0, 5, (1, 30), generator=torch.Generator().manual_seed(2)).to(device)
     alone, cache = fast.new_cache(), fast.new_cache()
     logits = torch.cat([fast(ids[:, i : i + 1], alone) for i in range(30)], 1)
@@ -133,7 +130,7 @@ SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.7), Sampling(1e-40), Sampling(0
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_cuda_drafts_are_the_same_drafts(sampling, offered, device):
     """After a prompt, one token, several; tokens are fed back as ids of the whole vocabulary."""
-    model = make_model(context=40, vocab_size=90, n_ids=70).to(device, torch.float32)
+    model = make_model(context=40, vocab_size=90, n_ids=70).to(device, torch.bfloat16)
     model = model if offered is None else trimmed(model, torch.tensor(offered, device=device))
     fast, model = CudaModel(model), model.double()
     cache, other = model.new_cache(), fast.new_cache()
@@ -157,19 +154,19 @@ SOME = [0, 2, 3, 7, 8, 11, 12, 40, 41]
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("temperature, clusters, offered, shape, dtype", [
-    (1.0, 1, SOME, {}, torch.bfloat16),
-    (1.0, 3, None, {"n_kv_heads": 2, "n_layers": 1}, torch.bfloat16),
-    (0.7, 2, None, {"n_heads": 6, "n_kv_heads": 3, "width": 96, "activation": "relu2"}, torch.bfloat16),
-    (0.0, 2, SOME, {"n_ids": 64}, torch.bfloat16),
-    (1e-40, 3, None, {}, torch.float32),
-    (1.0, 2, None, {}, torch.float32),
+@pytest.mark.parametrize("temperature, clusters, offered, shape", [
+    (1.0, 1, SOME, {}),
+    (1.0, 3, None, {"n_kv_heads": 2, "n_layers": 1}),
+    (0.7, 2, None, {"n_heads": 6, "n_kv_heads": 3, "width": 96, "activation": "relu2"}),
+    (0.0, 2, SOME, {"n_ids": 64}),
+    (1e-40, 3, None, {}),
+    (1.0, 2, None, {}),
 ])  # fmt: skip
-def test_clusters_draft_the_same(temperature, clusters, offered, shape, dtype, device, monkeypatch):
+def test_clusters_draft_the_same(temperature, clusters, offered, shape, device, monkeypatch):
     """Of the whole vocabulary, whatever stands in the cache beyond the text; up to the end of the context."""
     monkeypatch.setattr(f"{__name__}.CLUSTERS", clusters)
     sampling, generator = Sampling(temperature), torch.Generator().manual_seed(5)
-    model = make_model(**WIDE | shape).to(device, dtype)
+    model = make_model(**WIDE | shape).to(device, torch.bfloat16)
     model = model if offered is None else trimmed(model, torch.tensor(offered, device=device))
     fast, model = CudaModel(model), model.double()
     cache, other = model.new_cache(), fast.new_cache()
@@ -201,9 +198,9 @@ def test_what_clusters_do_not_draft(device):
     ids, asked = torch.tensor([[1]]), (Sampling(), Randomness(0, device), 2)
     shapes = {"context": 8000}, {"n_heads": 6, "width": 96}, {"n_heads": 1, "width": 80}, {"n_layers": 9, "width": 256}
     for shape in shapes:
-        fast = CudaModel(make_model(**WIDE | shape).to(device, torch.float32))
+        fast = CudaModel(make_model(**WIDE | shape).to(device, torch.bfloat16))
         assert fast.propose(ids, fast.new_cache(), *asked) is None, shape
-    fits = make_model(**WIDE).to(device, torch.float32)
+    fits = make_model(**WIDE).to(device, torch.bfloat16)
     assert CudaModel(trimmed(fits, torch.tensor([3, 1], device=device))).draft is None  # ids that are in no order
     fast = CudaModel(fits)
     assert fast.propose(ids, fast.new_cache(), Sampling(top_k=2), *asked[1:]) is None
@@ -217,7 +214,7 @@ def test_what_clusters_do_not_draft(device):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_a_row_that_is_not_finite_draws_no_token(sampling, value, device):
-    model = make_model().to(device, torch.float32)
+    model = make_model().to(device, torch.bfloat16)
     model.head.weight.data[0, 0] = value
     fast = CudaModel(model)
     tokens, probs = fast.draw(torch.tensor([[1, 2]], device=device), fast.new_cache(), sampling, Randomness(0, device), 3)
@@ -274,8 +271,8 @@ def test_what_has_no_probability_is_never_chosen(number, device):
 
 
 def test_models_that_cuda_passes_do_not_know(device):
-    with pytest.raises(ValueError, match="choose float32 or bfloat16"):
+    with pytest.raises(ValueError, match="choose bfloat16, or graphs"):
         CudaModel(make_model().to(device))
     for shape in ({"width": 20, "n_heads": 2}, {"width": 1024}, {"n_layers": 65}):
         with pytest.raises(ValueError, match="choose graphs"):
-            CudaModel(make_model(**shape).to(device, torch.float32))
+            CudaModel(make_model(**shape).to(device, torch.bfloat16))
