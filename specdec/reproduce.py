@@ -32,7 +32,7 @@ DISTILLED = {"small distilled": ("small", None), "small control": ("small", "cro
              "medium distilled": ("medium", None)}  # fmt: skip
 RECIPES = (  # what a draft may learn from: a divergence, and whose text
     ("cross-entropy", "data"), ("forward-kl", "data"), ("total-variation", "data"), ("neg-log-alpha", "data"),
-    ("forward-kl", "draft"), ("neg-log-alpha", "draft"), ("neg-log-alpha", "target"),
+    ("forward-kl", "draft"), ("neg-log-alpha", "draft"), ("neg-log-alpha", "target"), ("forward-kl", "data+target"),
 )  # fmt: skip
 TRAINING_SHARE = 0.75  # of the minutes that are left once the text is ready; the rest is compiling and measuring
 
@@ -214,20 +214,23 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
 
 
 def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_windows: int = 48, say=print) -> list[dict]:
-    """``recipes.json``: α of a draft distilled by every recipe, on held-out text and on text that the target wrote.
+    """``recipes.json``: α of a draft distilled by every recipe, on held-out text and on what the target wrote at the same
+    temperature.
 
     The second is what a speculative engine reads: everything it emits follows the target's law.
     """
     data, block = tokens_for(profile), profile.distillation.block_size
     target = load_or_train(profile, "target", device=device)[0]
-    own = written(target, data.validation, n_windows, block + 1, eot=data.eot, seed=profile.bench.seed)
-    texts = {"held-out text": data, "the target's text": replace(data, validation=own)}
+    texts = {}
+    for t in profile.bench.temperatures:
+        own = written(target, data.validation, n_windows, block + 1, eot=data.eot, seed=profile.bench.seed, temperature=t)
+        texts |= {("held-out text", t): data, ("the target's text", t): replace(data, validation=own)}
 
     def line(recipe: str, draft: Transformer, seconds: float) -> dict:
         alphas = {
             f"{name}, T = {t:g}": acceptance(target, draft, text, temperature=t, n_windows=n_windows).mean().item()
-            for name, text in texts.items() for t in profile.bench.temperatures
-        }  # fmt: skip
+            for (name, t), text in sorted(texts.items())
+        }
         say(f"{recipe:32s} " + "  ".join(f"{name}: {a:.3f}" for name, a in alphas.items()))
         return {"recipe": recipe, "role": role, "seconds": seconds} | alphas
 
