@@ -93,7 +93,7 @@ __device__ float dot(Piece piece, const float* x, const float* gains, int width,
 extern "C" {
 
 // One or two tokens are read, which are given as they are unless there are ids; then n are drawn, each for one of the
-// numbers, of which all but the last are read too. They are ids of the whole vocabulary, as are the rows (n, n_ids). The
+// numbers, of which all but the last are read too. These are ids of the whole vocabulary, as are the rows (n, n_ids). The
 // epoch is larger by n with each launch.
 __global__ void __launch_bounds__(THREADS, 1)
 specdec_draft(const __grid_constant__ Model model, float* keys, float* values, const int64* ids, int64 first, int64 second,
@@ -156,16 +156,17 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
   meet_cluster();  // all are there to be given something
 
   // a lane gives what it has to some of the blocks: of each half, or each fourth, to all of them together
-  const unsigned far = distance(lane() % 16 % blocks), near = distance(lane() % 8 % blocks), next = distance((lane() % 8 + 8) % blocks);
+  const unsigned far = distance(lane() % 16 % blocks), near = distance(lane() % 8 % blocks),
+                 next = distance((lane() % 8 + 8) % blocks);
   const bool gives = lane() % 16 < blocks, gives_near = lane() % 8 < blocks, gives_next = lane() % 8 + 8 < blocks;
   const bool upper = lane() >= 16;
   const float factor = LOG2E * rsqrtf(D);
   const int first_head = threadIdx.x / D;
   const bfloat16* embedded = nullptr;
   AS_IT_IS for (int i = 0; i < rows + n - 1; i++) {
-    const int position = start + i, drawn = i - (rows - 1);
-    const double number = drawn < 0 ? 0 : __ldg(numbers + drawn);
-    if (drawn <= 0) {
+    const int position = start + i, nth = i - (rows - 1);
+    const double number = nth < 0 ? 0 : __ldg(numbers + nth);
+    if (nth <= 0) {
       const int64 id = ids ? __ldg(ids + i) : i ? second : first, known = id < 0 ? 0 : id < m.n_ids ? id : m.n_ids - 1;
       embedded = m.embedding + known * C;
     }
@@ -275,9 +276,9 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       add(weights + of_down, inner, F, END);
       pass(END);
     }
-    if (drawn < 0) continue;
+    if (nth < 0) continue;
 
-    float* const row = probs + (int64)drawn * n_ids;
+    float* const row = probs + (int64)nth * n_ids;
     if (slice.n) for (int j = lowest + threadIdx.x; j < beyond; j += THREADS) row[j] = 0;
     constexpr int ROWS = 8;
     AS_IT_IS for (int r = ROWS * warp(); r < slice.n; r += ROWS * WARPS) {
@@ -287,10 +288,11 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
       if (const int mine = r + lane() / (32 / ROWS); lane() % (32 / ROWS) == 0 && mine < slice.n) logits[mine] = v;
     }
     __syncthreads();
-    const int token = draw<4>(logits, slice, temperature, number, epoch + drawn, [=](int choice, float p) { row[offered[choice - slice.from]] = p; });
+    const int token = draw<4>(logits, slice, temperature, number, epoch + nth,
+                              [=](int choice, float p) { row[offered[choice - slice.from]] = p; });
     const int choice = smaller(token, m.n_choices - 1);  // after a row of NaN, which the engine sees itself
     embedded = m.drawn + (int64)choice * C;
-    if (blockIdx.x == 0 && threadIdx.x == 0) tokens[drawn] = token < m.n_choices ? id_of(token) : n_ids;
+    if (blockIdx.x == 0 && threadIdx.x == 0) tokens[nth] = token < m.n_choices ? id_of(token) : n_ids;
   }
 }
 }
