@@ -86,7 +86,7 @@ soak: $(VENV)/.done ## the same on random models, laws and settings, SOAK_MINUTE
 	$(BIN)/python tests/soak.py --minutes $(SOAK_MINUTES)
 
 .PHONY: distill
-distill: $(VENV)/.done ## what a draft may learn from: every loss and text compared, into results/ (14 min)
+distill: $(VENV)/.done ## what a draft may learn from: every loss and text compared, into results/ (17 min)
 	$(BIN)/python -m specdec distill --profile $(PROFILE)
 
 .PHONY: peers

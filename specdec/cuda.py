@@ -20,6 +20,7 @@ MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
 CLUSTER, KEYS = 16, 4  # blocks of a cluster; keys of a warp of draft.cu, most
 BLOCKS = 160  # of a launch, most
+FIRST = 512  # bytes of shared memory before `rest` in native.cu
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cu", "sampling.cu", "draft.cu")]
 ARGUMENTS = {
     "run": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int),
@@ -160,7 +161,7 @@ class _Model(Structure):
         *((name, c_int64) for name in SIZES),
         ("norm_eps", c_double),
         *((name, c_void_p) for name in (
-            "embedding", "cos", "sin", "norm", "head", "drawn", "offered", "x", "queries", "mixed", "inner", "logits", "next", "posts",
+            "embedding", "cos", "sin", "norm", "head", "offered", "drawn", "x", "queries", "mixed", "inner", "logits", "next", "posts",
             "words", "meeting",
         )),
         ("layers", Layer * LAYERS),
@@ -187,7 +188,7 @@ class CudaModel(Whole):
             4 * (D + 2) * warps, 4 * -(-self.n_choices // self.kernels.blocks), 4 * MOST * (4 * C + 4 + 8 * warps),
             4 * MOST * (C + 4 + 24 * warps),
         )  # fmt: skip
-        if C % 8 or not 4 <= D <= 256 or config.n_layers > LAYERS or 512 + room > self.kernels.most:
+        if C % 8 or not 4 <= D <= 256 or config.n_layers > LAYERS or FIRST + room > self.kernels.most:
             raise ValueError(
                 f"CUDA passes are for up to {LAYERS} layers, of widths that 8 divides, up to 856 on an H100; "
                 f"{config.n_layers} of {C} were given: choose graphs."
@@ -213,8 +214,8 @@ class CudaModel(Whole):
             config.n_layers, config.n_heads, config.n_kv_heads, config.head_size, C, F, config.vocab_size, self.n_offered,
             self.n_choices, config.activation == "relu2", config.context, config.norm_eps,
             weight(model.embedding), at(model.cos), at(model.sin), at(model.norm.weight), weight(model.head),
-            weight(model.embedding) if model.offered is None else at(model.embedding.weight[model.offered], torch.bfloat16),
             None if model.offered is None else at(model.offered, torch.long),
+            weight(model.embedding) if model.offered is None else at(model.embedding.weight[model.offered], torch.bfloat16),
             room(MOST * C), room(MOST * C), room(MOST * C), room(MOST * F), room(self.n_offered), room(1, torch.long),
             room(4 * BLOCKS, torch.long), room(2 * self.n_choices, torch.long), room(1, torch.int32), (Layer * LAYERS)(*layers),
         )  # fmt: skip
@@ -233,7 +234,7 @@ class CudaModel(Whole):
         weights = L * (Q * C + C * C + 2 * F * C) // n * 2
         numbers = (2 * L + 1) * C + C + Q + C + F + (H * parts + warps * (H // K)) * (D + 2)
         numbers += 2 * -(-self.n_choices // (n * self.kernels.clusters)) + 6 + 4 * Q // 2 // n + D + 2 * C
-        return c.context <= parts * warps * self.kernels.keys and 512 + weights + 4 * numbers <= self.kernels.most
+        return c.context <= parts * warps * self.kernels.keys and FIRST + weights + 4 * numbers <= self.kernels.most
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config, 1, None, torch.float32, self.device)

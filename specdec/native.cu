@@ -40,8 +40,8 @@ struct Model {
   const bfloat16* embedding;
   const float *cos, *sin, *norm;  // cos and sin (context, D/2)
   const bfloat16* head;
-  const bfloat16* drawn;        // rows of the embedding of those ids, one after another
   const int64* offered;  // ids of a trimmed output layer, or null
+  const bfloat16* drawn;  // rows of the embedding of those ids, one after another, or of all
   float *x, *queries, *mixed, *inner, *logits;  // where rows lie between phases; of a draft also one row of logits
   int64* next;  // the token drawn last
   int64 *posts, *words;  // what blocks tell each other when a token is drawn: (2, blocks, 2) and (2, choices)

@@ -346,12 +346,13 @@ def _elsewhere_table(profile: str) -> str:
         best = result["values"]["best"]
         cells = [best.get(f"{draft} T={t}") for draft in ("small", "small distilled") for t in (0, 1)]
         shown = ["—" if c is None else f"{c['speedup']:.2f}× [{c['ci95_low']:.2f}, {c['ci95_high']:.2f}]" for c in cells]
-        lines.append(f"| {how} | {result['provenance']['machine']} | {result['params']['n_prompts']} × {result['params']['new_tokens']} "
+        n_sweep = len({row["prompt"] for row in load_rows(profile, name) if row.get("part") == "sweep"})
+        lines.append(f"| {how} | {result['provenance']['machine']} | {result['params']['n_prompts']} × {result['params']['new_tokens']}, {n_sweep} "
                      f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(shown)} |")  # fmt: skip
     if not lines:
         return ""
     head = ["The same models otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
-            "| passes | machine | texts × tokens | A, tokens/s | as trained, 0 | 1 | distilled, 0 | 1 |",
+            "| passes | machine | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | distilled, 0 | 1 |",
             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     return "\n".join([*head, *lines, ""])
 

@@ -323,7 +323,7 @@ def record_benchmark(
         rows=result.rows, seed=settings.seed,
     )  # fmt: skip
     report.record(profile.name, f"{experiment}_cells", params={}, values={"cells": len(result.cells)}, rows=result.cells)
-    if run:
+    if run and settings.n_sweep_prompts > 1:  # the curves of a single text say little
         report.style()
         figure = speedups([cell for cell in result.cells if "predicted" in cell])
         report.save_figure(figure, profile.name, experiment)

@@ -108,7 +108,13 @@ __device__ int search(const float (&parts)[Heard::B], const Heard& heard, int bl
 
 struct Drawn {
   float highest, scale;
-  int token;
+  int token;  // `all` of a row that is not finite
+  // of the index at, whose logit is v
+  __device__ float probability(Softmax softmax, int at, float v, int all) const {
+    softmax.highest = highest;
+    if (token == all) return __int_as_float(0x7fc00000);
+    return softmax.greedy ? at == token : softmax.weight_of(v) * scale;
+  }
 };
 __device__ Drawn& drawn() { return *(Drawn*)(memory + 31); }  // a warp tells its block
 
@@ -120,7 +126,7 @@ __device__ int draw(const float* logits, const Slice& slice, double temperature,
   const int all = m.n_choices;
   Softmax softmax(temperature);
   if (warp() == 0) {
-    int64 *posts = m.posts + epoch % 2 * 2 * BLOCKS, *words = m.words + (int64)(epoch % 2) * all;
+    int64 *posts = m.posts + (epoch & 1) * 2 * BLOCKS, *words = m.words + (int64)(epoch & 1) * all;
     float weight = 0;
     int at = all;
     AS_IT_IS for (int begin = lane(); begin < slice.n; begin += 32 * S) UNROLL for (int s = 0; s < S; s++)
@@ -149,11 +155,8 @@ __device__ int draw(const float* logits, const Slice& slice, double temperature,
   }
   __syncthreads();
   const Drawn now = drawn();
-  softmax.highest = now.highest;
-  for (int i = threadIdx.x; i < slice.n; i += THREADS) {
-    const float one = softmax.greedy ? slice.from + i == now.token : softmax.weight_of(logits[i]) * now.scale;
-    keep(slice.from + i, now.token == all ? __int_as_float(0x7fc00000) : one);
-  }
+  for (int i = threadIdx.x; i < slice.n; i += THREADS)
+    keep(slice.from + i, now.probability(softmax, slice.from + i, logits[i], all));
   __syncthreads();
   return now.token;
 }
@@ -223,11 +226,7 @@ specdec_probabilities(const float* logits, int64 stride, int n, int rows, double
   }
   __syncthreads();
   const Drawn now = drawn();
-  softmax.highest = now.highest;
-  for (int i = threadIdx.x; i < slice.n; i += THREADS) {
-    const float one = softmax.greedy ? slice.from + i == now.token : softmax.weight_of(own[i]) * now.scale;
-    probs[i] = now.token == n ? __int_as_float(0x7fc00000) : one;
-  }
+  for (int i = threadIdx.x; i < slice.n; i += THREADS) probs[i] = now.probability(softmax, slice.from + i, own[i], n);
 }
 
 // the rule sampling.token_wise; numbers (k+1). All blocks find how many drafts stay, and each has its slice of what p

@@ -95,19 +95,21 @@ class Randomness:
     def __init__(self, seed: int | None = None, device: str | torch.device = "cpu"):
         self.generator = torch.Generator(device)
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        # a call of an accelerator takes as long for many numbers as for one, so there they are drawn ahead
+        self.many = 0 if self.generator.device.type == "cpu" else 1024
         self.ahead, self.used = None, 0
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) float64 in [0, 1), multiples of 2⁻⁵³."""
-        if self.generator.device.type == "cpu":
-            return torch.rand(n, dtype=torch.float64, generator=self.generator)
-        # a call of an accelerator takes as long for many numbers as for one
-        if self.ahead is None or self.used + n > len(self.ahead):
-            many = max(n, 1024)
-            self.ahead = torch.rand(many, dtype=torch.float64, generator=self.generator, device=self.generator.device)
-            self.used = 0
+        if n > self.many:
+            return self._rand(n)
+        if self.ahead is None or self.used + n > self.many:
+            self.ahead, self.used = self._rand(self.many), 0
         self.used += n
         return self.ahead[self.used - n : self.used]
+
+    def _rand(self, n: int) -> Tensor:
+        return torch.rand(n, dtype=torch.float64, generator=self.generator, device=self.generator.device)
 
     def choose(self, probs: Tensor) -> Tensor:
         """One index (1,) drawn from probs (V,), by inversion in float64.

@@ -189,3 +189,14 @@ def test_equal_seeds_equal_draws():
     p = random_rows(1, 50, 3)[0]
     a, b = ([int(Randomness(seed).choose(p)) for seed in range(30)] for _ in range(2))
     assert a == b and len(set(a)) > 3
+
+
+def test_numbers_that_are_drawn_ahead_are_each_given_once():
+    """As on an accelerator: in order, none twice, and more than are drawn at once too."""
+    randomness = Randomness(3)
+    randomness.many = 8
+    given = [randomness.uniforms(n) for n in (1, 3, 4, 2, 7, 20, 1)]
+    assert [len(numbers) for numbers in given] == [1, 3, 4, 2, 7, 20, 1]
+    everything = torch.cat(given)
+    assert len(everything.unique()) == len(everything) and ((0 <= everything) & (everything < 1)).all()
+    assert torch.equal(torch.cat(given[:3]), Randomness(3).uniforms(8))
