@@ -17,7 +17,7 @@ from .distill import DIVERGENCES, TEXTS, load_or_distill
 from .drafting import drafter_of
 from .engine import Trace, generate, speculate
 from .export import export_model, model_card
-from .inference import ready, ready_rule, ready_sampling
+from .inference import ready, ready_rule
 from .profiles import PROFILES, get_profile
 from .reproduce import compare_recipes, reproduce
 from .sampling import RULES, Randomness, Sampling
@@ -128,7 +128,6 @@ def run_generate(options) -> None:
     tokenizer = tokens_for(profile).tokenizer
     prompt = tokenizer.encode_ordinary(options.prompt)
     target, trace = ready(model_named(profile, "target"), passes="compiled"), Trace()
-    sampling = ready_sampling(sampling, "compiled")
     randomness = Randomness(options.seed, target.device)
     common = dict(
         max_new_tokens=options.max_new_tokens, sampling=sampling, stop=(tokenizer.eot_token,),

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from . import theory
 from .data import TokenData, held_out_prompts
 from .drafting import CapturedDraftModel, Drafter, drafter_of, frequent_ids
-from .engine import Trace, generate, prefill, speculate
-from .inference import draw_next, ready, ready_rule, ready_sampling, trimmed
+from .engine import Trace, generate, on_host, prefill, speculate
+from .inference import draw_next, next_probs, ready, ready_rule, trimmed
 from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Randomness, Rule, Sampling, token_wise
@@ -29,7 +29,6 @@ Arm = Callable[[list[int], Randomness, Trace], object]  # runs one text to its e
 
 def target_alone(model: Transformer, config: BenchConfig, sampling: Sampling) -> Arm:
     """Arm A, and with a draft as the model arm B."""
-    sampling = ready_sampling(sampling, config.passes, model.device)
 
     def run(prompt, randomness, trace):
         for _ in generate(
@@ -44,7 +43,6 @@ def both(
     target: Transformer, drafter: Drafter, k: int, config: BenchConfig, sampling: Sampling, rule: Rule = token_wise
 ) -> Arm:
     """Arm C: ``drafter`` proposes k tokens a round, the target verifies."""
-    sampling = ready_sampling(sampling, config.passes, target.device)
     rule = ready_rule(rule, config.passes, target.device)
 
     def run(prompt, randomness, trace):
@@ -233,7 +231,7 @@ def time_parts(
     target step other steps, a verifying pass the drafting, and both the draft and the decision a verifying pass; and that
     for some rounds, because a cache may keep a part of the weights from one to the next.
     """
-    randomness, n_ids, cache = Randomness(0, target.device), target.config.n_ids, target.new_cache()
+    randomness, cache = Randomness(0, target.device), target.new_cache()
     text = prompt + prompt[-1:]  # the last token is unread, as after every round
     prefill(target, text, cache)
     drafter.start()
@@ -243,7 +241,7 @@ def time_parts(
         return int(draw_next(target, block[:, :1], cache, sampling, randomness)[0])
 
     def verify(m):
-        return step() if m == 1 else sampling.probs(target(block[:, :m], cache)[0, :, :n_ids])
+        return step() if m == 1 else next_probs(target, block[:, :m], cache, sampling)
 
     p = verify(k_max + 1)
     q = p[:-1].roll(1, 0)
@@ -254,7 +252,7 @@ def time_parts(
 
     def decide():
         accepted, following = rule(drafted, q, p, randomness)
-        return torch.cat([accepted[None], drafted, following]).tolist()
+        return on_host(accepted, drafted, following)
 
     widest = partial(verify, k_max + 1)
     work = {("target", 1): (step, step), ("decide", k_max): (widest, decide)}
@@ -335,7 +333,7 @@ def run(
     out, k_max, device = Benchmark(), max(config.ks), target.device
     rule = ready_rule(token_wise, config.passes, device)
     for temperature in config.temperatures:
-        sampling, tag = ready_sampling(Sampling(temperature), config.passes, device), f"T={temperature:g}"
+        sampling, tag = Sampling(temperature), f"T={temperature:g}"
         baseline = target_alone(target, config, sampling)
         arms = {"A": baseline} | {f"B {name}": target_alone(model, config, sampling) for name, model in alone.items()}
         for name, drafter in drafters.items():

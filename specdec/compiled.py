@@ -1,19 +1,16 @@
-"""Short passes on the CPU, each one call of native.cpp: a pass, a draft of several tokens, a row of probabilities, a
-decision.
+"""Short passes on the CPU, each one call of native.cpp: a verifying pass, a draft of several tokens, a decision.
 
 Decoding is as fast as memory delivers the weights, and between two passes, which sweep the caches of the processor, each
 small call of a library's costs several times what it does alone. So there should be few of them.
 """
 
 import ctypes
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .model import KVCache, ModelConfig, Transformer
 from .native import LANES, MOST, TYPES, NativeModel, Whole, library, sums
-from .sampling import Randomness, Sampling, token_wise
+from .sampling import Randomness, Sampling, spread, token_wise
 
 
 class CompiledModel(Whole):
@@ -48,27 +45,53 @@ class CompiledModel(Whole):
         for i in range(0, T, MOST):
             rows = min(MOST, T - i)
             place = (0, None) if logits is None else (rows, logits[i:].data_ptr())
-            _check(self.calls.read(self.type, self.at, *cache.at, ids[i:].data_ptr(), rows, start + i, *place))
+            _check(self.calls.read(self.type, self.at, *cache.at, ids[:, i:].data_ptr(), rows, start + i, *place))
+
+    def probs(self, ids: Tensor, cache: "PanelCache", sampling: Sampling) -> Tensor:
+        rows = ids.shape[1]
+        if sampling.filters or not 0 < rows <= MOST:
+            return super().probs(ids, cache, sampling)
+        ids, start = _long(ids), cache.append(rows)
+        probs = torch.empty(rows, self.native.n_outputs, dtype=self.sums)
+        _check(self.calls.probabilities(
+            self.type, self.at, *cache.at, ids.data_ptr(), rows, start, sampling.temperature, probs.data_ptr()
+        ))  # fmt: skip
+        return self._unpadded(probs)
 
     def draw(
         self, ids: Tensor, cache: "PanelCache", sampling: Sampling, randomness: Randomness, n: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from. The last one is not read. Like an
-        accelerator it does not look for NaN."""
+        if sampling.filters:
+            return super().draw(ids, cache, sampling, randomness, n)
         if ids.shape[1] > 2:  # a prompt
             self.read(ids[:, :-1], cache)
             ids = ids[:, -1:]
+        ids = _long(ids)
+        return self._draw(ids.data_ptr(), ids.shape[1], cache, sampling, randomness, n, as_ids=False)
+
+    def propose(
+        self, unread: list[int], cache: "PanelCache", sampling: Sampling, randomness: Randomness, n: int
+    ) -> tuple[Tensor, Tensor]:
         if sampling.filters:
-            return self.draw_filtered(ids, cache, sampling, randomness, n)
-        rows, ids = ids.shape[1], _long(ids)
-        start = cache.append(rows + n - 1)
-        tokens, probs = torch.empty(n, dtype=torch.long), torch.empty(n, self.n_choices, dtype=self.sums)
-        numbers = randomness.uniforms(n)
+            return super().propose(unread, cache, sampling, randomness, n)
+        if len(unread) > 2:  # a prompt
+            self.read(torch.tensor([unread[:-1]]), cache)
+            unread = unread[-1:]
+        ids = (ctypes.c_int64 * len(unread))(*unread)
+        drawn, probs = self._draw(ids, len(unread), cache, sampling, randomness, n, as_ids=True)
+        return drawn, spread(probs, self.offered, self.config.n_ids)
+
+    def _draw(self, at, rows: int, cache: "PanelCache", sampling: Sampling, randomness: Randomness, n: int, as_ids: bool):
+        start, numbers = cache.append(rows + n - 1), randomness.uniforms(n)
+        tokens, probs = torch.empty(n, dtype=torch.long), torch.empty(n, self.native.n_outputs, dtype=self.sums)
         _check(self.calls.draw(
-            self.type, self.at, *cache.at, ids.data_ptr(), rows, start, n, sampling.temperature, numbers.data_ptr(),
+            self.type, self.at, *cache.at, at, rows, start, n, sampling.temperature, numbers.data_ptr(), as_ids,
             tokens.data_ptr(), probs.data_ptr(),
         ))  # fmt: skip
-        return tokens, probs
+        return tokens, self._unpadded(probs)
+
+    def _unpadded(self, rows: Tensor) -> Tensor:
+        return rows if rows.shape[1] == self.n_choices else rows[:, : self.n_choices]
 
 
 class PanelCache(KVCache):
@@ -83,39 +106,26 @@ class PanelCache(KVCache):
         self.at = self.k.data_ptr(), self.v.data_ptr()
 
 
-@dataclass(frozen=True)
-class CompiledSampling(Sampling):
-    """`Sampling` whose rows of a verifying pass are one call, which like an accelerator does not look for NaN."""
-
-    def probs(self, logits: Tensor, model: str = "model") -> Tensor:
-        if logits.dim() != 2 or self.filters:
-            return self.probs_or_nan(logits)
-        logits = logits.to(sums(logits.dtype))
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        probs = torch.empty(logits.shape, dtype=logits.dtype)
-        library().probabilities(
-            TYPES[logits.dtype], logits.data_ptr(), len(logits), logits.stride(0), logits.shape[1], self.temperature,
-            probs.data_ptr(),
-        )  # fmt: skip
-        return probs
-
-
 def compiled_token_wise(
     drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
-) -> tuple[Tensor, Tensor]:
+) -> tuple[int | Tensor, Tensor]:
     """`token_wise` as one call: the same tokens for the same random numbers."""
     if draft_probs.dtype != target_probs.dtype or not len(drafted):
         return token_wise(drafted, draft_probs, target_probs, randomness)
     k, n_ids = draft_probs.shape
-    rows = [x.contiguous() for x in (drafted, draft_probs, target_probs, randomness.uniforms(k + 1))]
-    decision = torch.empty(2, dtype=torch.long)
-    _check(library().decide(TYPES[target_probs.dtype], *(x.data_ptr() for x in rows), k, n_ids, decision.data_ptr()))
-    return decision[0], decision[1:]
+    q, p = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (draft_probs, target_probs))
+    drafted, numbers = drafted.contiguous(), randomness.uniforms(k + 1)
+    accepted, following = ctypes.c_int64(), torch.empty(1, dtype=torch.long)
+    _check(library().decide(
+        TYPES[p.dtype], drafted.data_ptr(), q.data_ptr(), q.stride(0), p.data_ptr(), p.stride(0), numbers.data_ptr(), k,
+        n_ids, ctypes.byref(accepted), following.data_ptr(),
+    ))  # fmt: skip
+    return accepted.value, following
 
 
 def _long(ids: Tensor) -> Tensor:
-    """ids (1, T) → (T,), as they lie in memory."""
-    return ids[0].to(torch.long).contiguous()
+    """ids (1, T) as they lie in memory."""
+    return ids if ids.dtype == torch.long and ids.is_contiguous() else ids.to(torch.long).contiguous()
 
 
 def _check(known: bool) -> None:

@@ -25,7 +25,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cu", "sampling.cu
 ARGUMENTS = {
     "run": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int),
     "draft": (
-        c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int, c_int,
+        c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int, c_int,
     ),
     "probabilities": (c_void_p, c_int64, c_int, c_int, c_double, c_void_p, c_void_p, c_int),
     "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int),
@@ -256,15 +256,17 @@ class CudaModel(Whole):
             where = cache.k, cache.v, ids[i:], rows, start + i, place
             self.run(self.kernels.blocks, *where, 0, 0, None, None, None, 0)
 
+    def probs(self, ids: Tensor, cache: KVCache, sampling: Sampling) -> Tensor:
+        return cuda_probs(self(ids, cache)[0, :, : self.n_choices], sampling)
+
     def draw(
         self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from. The last one is not read."""
         if ids.shape[1] > MOST:  # a prompt
             self.read(ids[:, :-1], cache)
             ids = ids[:, -1:]
         if sampling.filters:
-            return self.draw_filtered(ids, cache, sampling, randomness, n)
+            return super().draw(ids, cache, sampling, randomness, n)
         rows, ids = ids.shape[1], self._long(ids)
         start = cache.append(rows + n - 1)
         tokens = torch.empty(n, dtype=torch.long, device=self.device)
@@ -277,23 +279,20 @@ class CudaModel(Whole):
         return tokens, probs
 
     def propose(
-        self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """`draw` by clusters of blocks, of ids and rows over the whole vocabulary whatever the model offers; None where that
-        cannot be. ids on the CPU are given to the kernel as they are."""
+        self, unread: list[int], cache: KVCache, sampling: Sampling, randomness: Randomness, n: int
+    ) -> tuple[Tensor, Tensor]:
+        """By clusters of blocks, where that can be."""
         if self.draft is None or sampling.filters:
-            return None
-        if ids.shape[1] > 2:  # a prompt
-            self.read(ids[:, :-1], cache)
-            ids = ids[:, -1:]
-        rows, size, ids, given = ids.shape[1], self.kernels.cluster, ids[0], (0, 0)
-        if ids.is_cpu:
-            ids, given = None, (int(ids[0]), int(ids[-1]))
+            return super().propose(unread, cache, sampling, randomness, n)
+        if len(unread) > 2:  # a prompt
+            self.read(torch.tensor([unread[:-1]]), cache)
+            unread = unread[-1:]
+        rows, size = len(unread), self.kernels.cluster
         start = cache.append(rows + n - 1)
         tokens = torch.empty(n, dtype=torch.long, device=self.device)
         probs = torch.empty(n, self.config.n_ids, device=self.device)
         self.draft(
-            self.kernels.clusters * size, cache.k, cache.v, ids, *given, rows, start, n, sampling.temperature,
+            self.kernels.clusters * size, cache.k, cache.v, unread[0], unread[-1], rows, start, n, sampling.temperature,
             randomness.uniforms(n), tokens, probs, self.config.n_ids, self.epoch, cluster=size,
         )  # fmt: skip
         self.epoch += n
@@ -304,23 +303,15 @@ class CudaModel(Whole):
         return ids[0].to(self.device, torch.long, non_blocking=True).contiguous()
 
 
-@dataclass(frozen=True)
-class CudaSampling(Sampling):
-    """`Sampling` whose rows of a verifying pass are one launch."""
-
-    def probs(self, logits: Tensor, model: str = "model") -> Tensor:
-        if logits.dim() != 2 or self.filters or logits.dtype == torch.float64:
-            return self.probs_or_nan(logits)
-        logits = logits.float()
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        probs = torch.empty(logits.shape, device=logits.device)
-        launch, n = call("probabilities", logits.device), logits.shape[1]
-        rows, room = len(logits), launch.kernels.most - 4096
-        blocks = launch.kernels.blocks // max(1, rows)  # of a row
-        if not rows or not blocks or -(-n // blocks) * 4 > room:
-            return self.probs_or_nan(logits)
-        launch(rows * blocks, logits, logits.stride(0), n, rows, self.temperature, probs)
-        return probs
+def cuda_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """`Sampling.probs_or_nan` of rows (R, V) in float32 as one launch."""
+    launch, (rows, n) = call("probabilities", logits.device), logits.shape
+    blocks, room = launch.kernels.blocks // max(1, rows), launch.kernels.most - 4096  # of a row
+    if sampling.filters or not rows or not blocks or -(-n // blocks) * 4 > room:
+        return sampling.probs_or_nan(logits)
+    probs = torch.empty(rows, n, device=logits.device)
+    launch(rows * blocks, logits, logits.stride(0), n, rows, sampling.temperature, probs)
+    return probs
 
 
 def cuda_token_wise(

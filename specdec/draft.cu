@@ -92,13 +92,11 @@ __device__ float dot(Piece piece, const float* x, const float* gains, int width,
 
 extern "C" {
 
-// One or two tokens are read, which are given as they are unless there are ids; then n are drawn, each for one of the
-// numbers, of which all but the last are read too. These are ids of the whole vocabulary, as are the rows (n, n_ids). The
-// epoch is larger by n with each launch.
+// One or two tokens are read, then n are drawn, each for one of the numbers, of which all but the last are read too. These are
+// ids of the whole vocabulary, as are the rows (n, n_ids). The epoch is larger by n with each launch.
 __global__ void __launch_bounds__(THREADS, 1)
-specdec_draft(const __grid_constant__ Model model, float* keys, float* values, const int64* ids, int64 first, int64 second,
-              int rows, int start, int n, double temperature, const double* numbers, int64* tokens, float* probs, int n_ids,
-              int epoch) {
+specdec_draft(const __grid_constant__ Model model, float* keys, float* values, int64 first, int64 second, int rows, int start,
+              int n, double temperature, const double* numbers, int64* tokens, float* probs, int n_ids, int epoch) {
   for (int i = threadIdx.x; i < sizeof m / 8; i += THREADS) ((int64*)&m)[i] = ((const int64*)&model)[i];
   __syncthreads();
   const int blocks = cluster_size(), rank = cluster_rank();
@@ -167,7 +165,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, c
     const int position = start + i, nth = i - (rows - 1);
     const double number = nth < 0 ? 0 : __ldg(numbers + nth);
     if (nth <= 0) {
-      const int64 id = ids ? __ldg(ids + i) : i ? second : first, known = id < 0 ? 0 : id < m.n_ids ? id : m.n_ids - 1;
+      const int64 id = i ? second : first, known = id < 0 ? 0 : id < m.n_ids ? id : m.n_ids - 1;
       embedded = m.embedding + known * C;
     }
     for (int c = threadIdx.x; c < C / 4; c += THREADS) ((float4*)x)[c] = four(embedded + 4 * c);

@@ -15,7 +15,7 @@ from torch import Tensor
 from .data import TokenData
 from .inference import Model, Whole, draw_next
 from .passes import Captured
-from .sampling import Numbers, Randomness, Sampling
+from .sampling import Numbers, Randomness, Sampling, spread
 
 
 class Draft(NamedTuple):
@@ -73,7 +73,7 @@ class DraftModel:
             tokens.append(token)
             rows.append(q)
             unread = token[None]  # (1, 1)
-        return Draft(torch.cat(tokens), self.spread(torch.cat(rows)))
+        return Draft(torch.cat(tokens), spread(torch.cat(rows), self.ids, self.n_ids))
 
     def goes_on(self, rows: list[Tensor]) -> bool:
         """Whether to draft one more token after those drawn from ``rows``."""
@@ -83,12 +83,6 @@ class DraftModel:
         """The ids (n,) of tokens drawn from the rows q, (n, V) or with a trimmed output layer (n, N)."""
         token = token.clamp(max=q.shape[-1] - 1)  # a row of NaN offers the id after the last; the engine sees it itself
         return token if self.ids is None else self.ids[token], q
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Rows over the offered ids (k, N) → over all ids (k, V)."""
-        if self.ids is None:
-            return rows
-        return rows.new_zeros(len(rows), self.n_ids).index_copy_(1, self.ids, rows)
 
     def truncate(self, length: int) -> None:
         self.cache.truncate(length)
@@ -116,11 +110,7 @@ class ChainedDraftModel(DraftModel):
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         if k == 0:
             return no_draft(self.n_ids, self.model.device)
-        unread = torch.tensor([text[self.cache.length :]])  # as in DraftModel: (1, 1 or 2); on the CPU, where it is known
-        if proposal := self.model.propose(unread, self.cache, sampling, randomness, k):
-            return Draft(*proposal)
-        tokens, q = self.offered(*self.model.draw(unread, self.cache, sampling, randomness, k))
-        return Draft(tokens, self.spread(q))
+        return Draft(*self.model.propose(text[self.cache.length :], self.cache, sampling, randomness, k))
 
 
 def drafter_of(model: Model) -> DraftModel:
@@ -155,7 +145,7 @@ class CapturedDraftModel(DraftModel):
             self.graphs[sampling] = k, graph
         tokens, rows = graph(last, positions, numbers)
         self.cache.length = len(text) + k - 1
-        return Draft(tokens[:k].clone(), self.spread(rows[:k]).clone())
+        return Draft(tokens[:k].clone(), spread(rows[:k], self.ids, self.n_ids).clone())
 
     def chain(self, sampling: Sampling, unread: Tensor, positions: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (n,) and rows (n, V or N) for n uniform numbers, after reading ``unread`` (1, 2) at ``positions``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .drafting import Drafter
-from .inference import draw_next, read
+from .inference import draw_next, next_probs, read
 from .model import Transformer
 from .sampling import Randomness, Rule, Sampling, not_finite, token_wise
 
@@ -51,7 +51,6 @@ class Trace:
             self._mark = now
 
 
-@torch.inference_mode()
 def generate(
     target: Transformer,
     prompt: list[int],
@@ -88,7 +87,6 @@ def generate(
     trace.finish = reason
 
 
-@torch.inference_mode()
 def speculate(
     target: Transformer,
     prompt: list[int],
@@ -120,29 +118,28 @@ def speculate(
     prefill(target, text, cache)
     trace.mark("prefill")
     following = torch.tensor(text[-1:], device=target.device)  # (1,), the newest token, which the target has not read
+    no_gradients = torch.inference_mode()
 
     while len(text) < limit:
         start = len(text)
+        with no_gradients:  # not around the yields: what the reader of the stream does is not ours
+            # 1. Draft: up to k tokens from q, one after another. No more than could still be used.
+            drafted, q = drafter.propose(text, min(k, limit - start - 1), sampling, randomness)
+            trace.mark("draft")
 
-        # 1. Draft: up to k tokens from q, one after another. No more than could still be used.
-        drafted, q = drafter.propose(text, min(k, limit - start - 1), sampling, randomness)
-        trace.mark("draft")
+            # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
+            unread = torch.cat([following, drafted])[None]
+            if len(drafted):
+                p = next_probs(target, unread, cache, sampling, "target")  # (k+1, V)
+                trace.mark("verify")
 
-        # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
-        unread = torch.cat([following, drafted])
-        if len(drafted):
-            logits = target(unread[None], cache)[0, :, : target.config.n_ids]  # (k+1, V)
-            p = sampling.probs(logits, "target")
-            trace.mark("verify")
-
-            # 3. Decide: a prefix of the drafts stays, and one token of the target's own follows it.
-            accepted, following = rule(drafted, q, p, randomness)
-        else:  # nothing to decide: a plain step of the target
-            following, p = draw_next(target, unread[None], cache, sampling, randomness, "target")
-            accepted = 0
-            trace.mark("verify")
-        decision = torch.cat([torch.as_tensor(accepted, device=target.device)[None], drafted, following])
-        accepted, *proposal, newest = decision.tolist()  # the only time that the host waits for the device
+                # 3. Decide: a prefix of the drafts stays, and one token of the target's own follows it.
+                accepted, following = rule(drafted, q, p, randomness)
+            else:  # nothing to decide: a plain step of the target
+                following, p = draw_next(target, unread, cache, sampling, randomness, "target")
+                accepted = 0
+                trace.mark("verify")
+            accepted, proposal, newest = on_host(accepted, drafted, following)
         _checked(newest, target.config.n_ids, "target", q)
         emitted = proposal[:accepted] + [newest]
         for i, token in enumerate(emitted):
@@ -155,11 +152,10 @@ def speculate(
         text += emitted
         cache.truncate(len(text) - 1)
         drafter.truncate(len(text) - 1)
+        trace.rounds.append(Round(start, proposal, accepted, emitted, *((p, q) if trace.keep_probs else ())))
+        trace.target_passes += 1
         trace.mark("roll back")
 
-        rows = (p, q) if trace.keep_probs else ()
-        trace.rounds.append(Round(start, proposal, accepted, emitted, *rows))
-        trace.target_passes += 1
         for token in emitted:
             trace.tokens.append(token)
             yield token
@@ -171,6 +167,15 @@ def prefill(target: Transformer, text: list[int], cache) -> None:
     """Read all of the text but its last token, which the first decoding step reads."""
     if len(text) > 1:
         read(target, torch.tensor([text[:-1]], device=target.device), cache)
+
+
+def on_host(accepted: int | Tensor, drafted: Tensor, following: Tensor) -> tuple[int, list[int], int]:
+    """What was decided, as numbers. An accelerator is asked once: it is the only time of a round that the host waits."""
+    if drafted.is_cpu:
+        return int(accepted), drafted.tolist(), int(following)
+    accepted = torch.as_tensor(accepted, device=drafted.device)
+    accepted, *proposal, newest = torch.cat([accepted[None], drafted, following]).tolist()
+    return accepted, proposal, newest
 
 
 def _checked(token: int, n_ids: int, model: str, draft_probs: Tensor | None = None) -> int:

@@ -6,14 +6,13 @@ graph, or made the same for every caller.
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from .compiled import CompiledModel, CompiledSampling, compiled_token_wise
-from .cuda import CudaModel, CudaSampling, cuda_token_wise
+from .compiled import CompiledModel, compiled_token_wise
+from .cuda import CudaModel, cuda_token_wise
 from .model import KVCache, Transformer
 from .native import MOST, PanelLinear, Whole
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
@@ -98,14 +97,6 @@ def ready_rule(rule: Rule, passes: str = "eager", device: str | torch.device = "
     return cuda_token_wise if torch.device(device).type == "cuda" else compiled_token_wise
 
 
-@cache
-def ready_sampling(sampling: Sampling, passes: str = "eager", device: str | torch.device = "cpu") -> Sampling:
-    """The same ``sampling`` as quick as ``passes`` says."""
-    if passes != "compiled" or not can_compile(device):
-        return sampling
-    return (CudaSampling if torch.device(device).type == "cuda" else CompiledSampling)(**asdict(sampling))
-
-
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN multiplies this data type here, at a speed worth having."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -128,6 +119,7 @@ def trimmed(model: Transformer, ids: Tensor) -> Transformer:
     return model
 
 
+@torch.inference_mode()
 def read(model: Model, ids: Tensor, cache: KVCache) -> None:
     """Add ids (1, T) to the text in ``cache``; nobody wants their logits."""
     (model.read if isinstance(model, Whole) else model)(ids, cache)
@@ -140,5 +132,14 @@ def draw_next(
     or (1, N) of a model with a trimmed output layer. ``name`` is whom to blame for a logit that is not finite."""
     if isinstance(model, Whole) and isinstance(randomness, Randomness):  # a test's oracle chooses by itself
         return model.draw(ids, cache, sampling, randomness)
-    token, probs = sampling.draw(model(ids, cache)[0, -1, : model.config.n_ids], randomness, name)
-    return token, probs[None]
+    with torch.inference_mode():
+        token, probs = sampling.draw(model(ids, cache)[0, -1, : model.config.n_ids], randomness, name)
+        return token, probs[None]
+
+
+def next_probs(model: Model, ids: Tensor, cache: KVCache, sampling: Sampling, name: str = "model") -> Tensor:
+    """The rows (T, V) that follow each of ids (1, T), which continue the text in ``cache``: what a verifying pass is for."""
+    if isinstance(model, Whole):
+        return model.probs(ids, cache, sampling)
+    with torch.inference_mode():
+        return sampling.probs(model(ids, cache)[0, :, : model.config.n_ids], name)

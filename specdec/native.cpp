@@ -185,7 +185,7 @@ template <typename W, typename T>
 const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
   if constexpr (paired<W>) {
     static thread_local std::vector<bfloat16> rounded;
-    const long to = columns<W>(width);
+    const long to = columns<W>(width) + 32;  // were it a power of two, more rows than a set of the cache holds would share one
     rounded.assign(rows * to, bfloat16{0});
     for (long r = 0; r < rows; r++)
       for (long c = 0; c < width; c++) {
@@ -271,54 +271,97 @@ void each(T* x, long n, Function function) {
   std::memcpy(x, &v, n * sizeof(T));
 }
 
-template <typename T>
-T sum(const T* x, long n) {
-  T total = 0;
+template <typename Sum, typename T>
+Sum sum(const T* x, long n) {
+  Sum total = 0;
 #pragma omp simd reduction(+ : total)
-  for (long i = 0; i < n; i++) total += x[i];
+  for (long i = 0; i < n; i++) total += Sum(x[i]);
   return total;
+}
+
+template <typename T>
+T greatest(const T* x, long n) {
+  T most = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : most)
+  for (long i = 0; i < n; i++) most = std::max(most, x[i]);
+  return most;
 }
 
 // x (n) → exp((x − max x) ÷ temperature), over its sum
 template <typename T>
 void softmax(T* x, long n, T temperature) {
-  T most = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : most)
-  for (long i = 0; i < n; i++) most = std::max(most, x[i]);
+  const T most = greatest(x, n);
   each(x, n, [=](Lanes<T> v) { return exp((v - most) / temperature); });
-  const T scale = 1 / sum(x, n);
+  const T scale = 1 / sum<T>(x, n);
   for (long i = 0; i < n; i++) x[i] *= scale;
 }
 
-// logits (n) → probabilities, as sampling.Sampling without filters; a row that is not finite becomes NaN
+// What all threads know of a part of a row: sums over parts are the same whoever makes them.
 template <typename T>
-void probabilities(const T* logits, long n, double temperature, T* probs) {
-  if (!std::isfinite(sum(logits, n))) {
-    std::fill_n(probs, n, std::numeric_limits<T>::quiet_NaN());
-  } else if (temperature == 0) {
-    const long first = std::max_element(logits, logits + n) - logits;
-    std::fill_n(probs, n, T(0));
-    probs[first] = 1;
-  } else {
-    std::copy_n(logits, n, probs);
-    softmax(probs, n, std::max(T(temperature), std::numeric_limits<T>::min()));
-  }
+struct Part {
+  T greatest, finite, total;  // logit; their sum, which is finite if they are; sum of exponentials
+  double mass;                // sum of probabilities
+};
+
+constexpr long PART = 256;
+long parts(long n) { return (n + PART - 1) / PART; }
+
+// logits (R, n), rows `stride` apart, become probabilities where they are, as sampling.Sampling without filters; a row that
+// is not finite becomes NaN. They are complete after the next meeting, as are the parts (R, parts).
+template <typename T>
+void probabilities(Thread t, T* rows, long n_rows, long stride, long n, double temperature, Part<T>* all) {
+  const long many = parts(n);
+  auto mine = [&](auto work) {
+    for (long i = t.begin(n_rows * many); i < t.end(n_rows * many); i++) {
+      const long from = i % many * PART;
+      work(rows + i / many * stride + from, std::min(PART, n - from), all[i], all + i / many * many);
+    }
+  };
+  mine([](T* x, long size, Part<T>& part, auto) {
+    part.greatest = greatest(x, size);
+    part.finite = sum<T>(x, size);
+  });
+  t.meet();
+  mine([=](T* x, long size, Part<T>& part, const Part<T>* row) {
+    T finite = 0, most = row->greatest;
+    for (long j = 0; j < many; j++) finite += row[j].finite, most = std::max(most, row[j].greatest);
+    if (!std::isfinite(finite)) {
+      std::fill_n(x, size, std::numeric_limits<T>::quiet_NaN());
+    } else if (temperature == 0) {
+      const bool first = part.greatest == most && std::none_of(row, (const Part<T>*)&part, [=](auto& p) { return p.greatest == most; });
+      const long place = first ? std::find(x, x + size, most) - x : 0;
+      std::fill_n(x, size, T(0));
+      x[place] = first;
+    } else {
+      const T by = std::max(T(temperature), std::numeric_limits<T>::min());
+      each(x, size, [=](Lanes<T> v) { return exp((v - most) / by); });
+    }
+    part.total = sum<T>(x, size);
+  });
+  t.meet();
+  mine([=](T* x, long size, Part<T>& part, const Part<T>* row) {
+    T total = 0;
+    for (long j = 0; j < many; j++) total += row[j].total;
+    for (long i = 0; i < size; i++) x[i] /= total;
+    part.mass = sum<double>(x, size);
+  });
 }
 
 // One index out of probs (n) for a uniform number, by inversion in float64, as sampling.Randomness; n for a row of NaN.
-template <typename T>
-long choose(const T* probs, long n, double number) {
+// `mass(part)` is what a part of them adds up to.
+template <typename T, typename Mass>
+long choose(const T* probs, long n, Mass mass, double number) {
   double total = 0, before = 0;
-#pragma omp simd reduction(+ : total)
-  for (long i = 0; i < n; i++) total += double(probs[i]);
+  for (long j = 0; j < parts(n); j++) total += mass(j);
   if (std::isnan(total)) return n;
-  long last = n;  // where the sums round differently than the total, the last index that has a probability
-  for (long i = 0; i < n; i++) {
-    if (probs[i] > 0) last = i;
-    before += double(probs[i]);
-    if (before > number * total) return i;
-  }
-  return last;
+  const double goal = number * total;
+  long j = 0;
+  for (; j + 1 < parts(n) && before + mass(j) <= goal; j++) before += mass(j);
+  for (long i = j * PART; i < n; i++)
+    if ((before += double(probs[i])) > goal) return i;
+  for (long i = n; i-- > 0;)  // where sums round differently than the total: the last index that has a probability
+    if (probs[i] > 0) return i;
+  return n;
 }
 
 struct Layer {
@@ -342,18 +385,18 @@ struct Pass {
   const long C = padded(m.width), D = m.head_size, K = m.n_kv_heads, H = m.n_heads, S = m.capacity;
   const long qkv_width = padded((H + 2 * K) * D), N = padded(m.n_offered);
   std::unique_ptr<T, decltype(&std::free)> memory{nullptr, std::free};
-  T *x, *normed, *qkv, *queries, *mixed, *hidden, *scores, *logits;
+  T *x, *normed, *qkv, *queries, *mixed, *hidden, *scores;
 
   Pass(const Model& model, void* keys, void* values, long rows, int threads)
       : m(model), keys((T*)keys), values((T*)values) {
-    T** const places[] = {&x, &normed, &qkv, &queries, &mixed, &hidden, &scores, &logits};
+    T** const places[] = {&x, &normed, &qkv, &queries, &mixed, &hidden, &scores};
     const long sizes[] = {rows * C, threads * rows * C, rows * qkv_width, H * rows * D, rows * C, rows * padded(m.hidden),
-                          threads * ROWS * (padded(S) + padded(D)), N};
+                          threads * ROWS * (padded(S) + padded(D))};
     long total = 0;
     for (long size : sizes) total += (size + 15) / 16 * 16;
     memory.reset((T*)std::aligned_alloc(64, total * sizeof(T)));
     T* at = memory.get();
-    for (int i = 0; i < 8; i++) *places[i] = at, at += (sizes[i] + 15) / 16 * 16;
+    for (int i = 0; i < 7; i++) *places[i] = at, at += (sizes[i] + 15) / 16 * 16;
   }
 
   T* norm(Thread t, long rows, const void* weight) {  // every thread for itself, which is shorter than waiting for others
@@ -457,18 +500,21 @@ struct Pass {
       product<W>(t, norm(t, rows, m.norm) + (rows - n_logits) * C, C, n_logits, m.head, N / LANES, m.width, store(to, N));
   }
 
-  // n tokens, each drawn for one of the numbers, after R others of which none is in the cache yet
+  // n tokens, each drawn for one of the numbers, after R others of which none is in the cache yet; as ids of the vocabulary,
+  // or as indices of their rows, where one after the last says that a row is NaN
   void draw(Thread t, const int64_t* ids, long rows, long start, long n, double temperature, const double* numbers,
-            int64_t* tokens, T* probs, int64_t* next) {
+            bool as_ids, int64_t* tokens, T* probs, Part<T>* all, int64_t* next) {
     for (long i = 0; i < n; i++) {
-      read(t, ids, rows, start, 1, logits);
+      T* row = probs + i * N;
+      read(t, ids, rows, start, 1, row);
+      t.meet();
+      probabilities(t, row, 1, N, m.n_choices, temperature, all);
       t.meet();
       if (t.me == 0) {
-        T* row = probs + i * m.n_choices;
-        probabilities(logits, m.n_choices, temperature, row);
-        tokens[i] = choose(row, m.n_choices, numbers[i]);
-        const long token = std::min<long>(tokens[i], m.n_choices - 1);  // after a row of NaN, which the engine sees itself
+        const long index = choose(row, m.n_choices, [=](long j) { return all[j].mass; }, numbers[i]);
+        const long token = std::min(index, m.n_choices - 1);  // after a row of NaN, which the engine sees itself
         *next = m.offered ? m.offered[token] : token;
+        tokens[i] = as_ids ? *next : index;
       }
       t.meet();
       ids = next, start += rows, rows = 1;
@@ -476,21 +522,27 @@ struct Pass {
   }
 };
 
-// the rule sampling.token_wise; numbers (k+1)
+// the rule sampling.token_wise; rows q (k, n) and p (k+1, n) lie `q_stride` and `p_stride` apart; numbers (k+1)
 template <typename T>
-void decide(const int64_t* drafted, const T* q, const T* p, const double* numbers, long k, long n, int64_t* decision) {
-  long accepted = 0;
-  for (; accepted < k; accepted++, p += n, q += n)
-    if (!(numbers[accepted] < double(p[drafted[accepted]] / q[drafted[accepted]]))) break;
-  decision[0] = accepted;
-  if (accepted < k) {
-    auto rest = std::make_unique<T[]>(n);
+void decide(const int64_t* drafted, const T* q, long q_stride, const T* p, long p_stride, const double* numbers, long k,
+            long n, int64_t* accepted, int64_t* next) {
+  auto choose_from = [=](const T* probs) {
+    std::vector<double> mass(parts(n));
+    for (long j = 0; j < parts(n); j++) mass[j] = sum<double>(probs + j * PART, std::min(PART, n - j * PART));
+    return choose(probs, n, [&](long j) { return mass[j]; }, numbers[k]);
+  };
+  long i = 0;
+  for (; i < k; i++, p += p_stride, q += q_stride)
+    if (!(numbers[i] < double(p[drafted[i]] / q[drafted[i]]))) break;
+  *accepted = i;
+  if (i < k) {
+    auto rest = std::make_unique_for_overwrite<T[]>(n);
     for (long i = 0; i < n; i++) rest[i] = p[i] - q[i] < 0 ? T(0) : p[i] - q[i];  // a NaN stays one
-    const T total = sum(rest.get(), n);
+    const T total = sum<T>(rest.get(), n);
     for (long i = 0; i < n; i++) rest[i] /= total;
-    decision[1] = choose(total == 0 ? p : rest.get(), n, numbers[k]);
+    *next = choose_from(total == 0 ? p : rest.get());
   } else {
-    decision[1] = choose(p, n, numbers[k]);
+    *next = choose_from(p);
   }
 }
 
@@ -536,35 +588,44 @@ bool specdec_read(int type, const Model* model, void* keys, void* values, const 
   return true;
 }
 
-bool specdec_draw(int type, const Model* model, void* keys, void* values, const int64_t* ids, long rows, long start, long n,
-                  double temperature, const double* numbers, int64_t* tokens, void* probs) {
+// as `read`, of all rows, whose logits become probabilities
+bool specdec_probabilities(int type, const Model* model, void* keys, void* values, const int64_t* ids, long rows, long start,
+                           double temperature, void* probs) {
   if (!known(ids, rows, model->n_ids)) return false;
   typed(type, [&](auto w, auto number) {
     using T = decltype(number);
     Pass<decltype(w), T> pass(*model, keys, values, rows, omp_get_max_threads());
-    int64_t next;
-    together([&](Thread t) { pass.draw(t, ids, rows, start, n, temperature, numbers, tokens, (T*)probs, &next); });
+    std::vector<Part<T>> all(rows * parts(model->n_choices));
+    together([&](Thread t) {
+      pass.read(t, ids, rows, start, rows, (T*)probs);
+      t.meet();
+      probabilities(t, (T*)probs, rows, pass.N, model->n_choices, temperature, all.data());
+    });
   });
   return true;
 }
 
-// logits whose rows lie `stride` apart → probs (R, n)
-void specdec_probabilities(int type, const void* logits, long rows, long stride, long n, double temperature, void* probs) {
-  typed(type, [&](auto, auto number) {
+bool specdec_draw(int type, const Model* model, void* keys, void* values, const int64_t* ids, long rows, long start, long n,
+                  double temperature, const double* numbers, bool as_ids, int64_t* tokens, void* probs) {
+  if (!known(ids, rows, model->n_ids)) return false;
+  typed(type, [&](auto w, auto number) {
     using T = decltype(number);
+    Pass<decltype(w), T> pass(*model, keys, values, rows, omp_get_max_threads());
+    std::vector<Part<T>> all(parts(model->n_choices));
+    int64_t next;
     together([&](Thread t) {
-      for (long r = t.begin(rows); r < t.end(rows); r++)
-        probabilities((const T*)logits + r * stride, n, temperature, (T*)probs + r * n);
+      pass.draw(t, ids, rows, start, n, temperature, numbers, as_ids, tokens, (T*)probs, all.data(), &next);
     });
   });
+  return true;
 }
 
-bool specdec_decide(int type, const int64_t* drafted, const void* q, const void* p, const double* numbers, long k, long n,
-                    int64_t* decision) {
+bool specdec_decide(int type, const int64_t* drafted, const void* q, long q_stride, const void* p, long p_stride,
+                    const double* numbers, long k, long n, int64_t* accepted, int64_t* next) {
   if (!known(drafted, k, n)) return false;
   typed(type, [&](auto, auto number) {
     using T = decltype(number);
-    decide(drafted, (const T*)q, (const T*)p, numbers, k, n, decision);
+    decide(drafted, (const T*)q, q_stride, (const T*)p, p_stride, numbers, k, n, accepted, next);
   });
   return true;
 }

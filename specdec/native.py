@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import put_in_place
 from .data import build_dir
 from .model import KVCache, Transformer
-from .sampling import Randomness, Sampling
+from .sampling import Randomness, Sampling, spread
 
 LANES, MOST = 8, 32  # as in native.cpp: outputs of a panel, most rows of a pass
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16: of the weights; sums are float32
@@ -65,9 +65,9 @@ def library() -> ctypes.CDLL:
     functions = {
         "multiply": (None, at, n, n, at, n, at),
         "read": (c_bool, model, at, at, at, n, n, n, at),
-        "draw": (c_bool, model, at, at, at, n, n, n, c_double, at, at, at),
-        "probabilities": (None, at, n, n, n, c_double, at),
-        "decide": (c_bool, at, at, at, at, n, n, at),
+        "probabilities": (c_bool, model, at, at, at, n, n, c_double, at),
+        "draw": (c_bool, model, at, at, at, n, n, n, c_double, at, c_bool, at, at),
+        "decide": (c_bool, at, at, n, at, n, at, n, n, at, at),
     }
     for name, (result, *arguments) in functions.items():
         function = getattr(loaded, f"specdec_{name}")
@@ -115,20 +115,31 @@ class Whole:
     n_choices: int  # ids that it offers
     offered: Tensor | None  # which those are, if they are not all
 
-    def propose(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int):
-        """`draw`, of ids and rows over the whole vocabulary whatever the model offers, where that is quicker; else None."""
-        return None
+    def probs(self, ids: Tensor, cache: KVCache, sampling: Sampling) -> Tensor:
+        """The rows (T, V) that follow each of ids (1, T), as far as they are read; a row that is not finite is NaN."""
+        return sampling.probs_or_nan(self(ids, cache)[0, :, : self.n_choices])
 
-    def draw_filtered(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int):
-        """`draw` step by step, because what runs outside of Python does not know the filters."""
+    def draw(self, ids: Tensor, cache: KVCache, sampling: Sampling, randomness: Randomness, n: int = 1) -> tuple[Tensor, Tensor]:
+        """n tokens (n,) after ids (1, T), and the rows (n, V) that they were drawn from; the last token is not read. Here step
+        by step."""
         tokens, rows = [], []
         for _ in range(n):
             probs = sampling.probs_or_nan(self(ids, cache)[0, -1, : self.n_choices])
             tokens.append(randomness.choose(probs))
             rows.append(probs)
-            token = tokens[-1].clamp(max=self.n_choices - 1)  # after a row of NaN, which the engine sees itself
-            ids = (token if self.offered is None else self.offered[token])[None]
+            ids = self.ids_of(tokens[-1])[None]
         return torch.cat(tokens), torch.stack(rows)
+
+    def propose(
+        self, unread: list[int], cache: KVCache, sampling: Sampling, randomness: Randomness, n: int
+    ) -> tuple[Tensor, Tensor]:
+        """`draw` after tokens that the host knows; ids and rows over the whole vocabulary, whatever the model offers."""
+        tokens, rows = self.draw(torch.tensor([unread], device=self.device), cache, sampling, randomness, n)
+        return self.ids_of(tokens), spread(rows, self.offered, self.config.n_ids)
+
+    def ids_of(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.clamp(max=self.n_choices - 1)  # after a row of NaN, which the engine sees itself
+        return tokens if self.offered is None else self.offered[tokens]
 
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "head_size", "width", "hidden", "n_ids", "n_offered", "n_choices", "squared",

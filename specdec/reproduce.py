@@ -21,7 +21,7 @@ from . import bench, report, roofline
 from .data import TokenData, build_dir, tokens_for, write_json
 from .distill import acceptance, distillation_loss, load_or_distill, written
 from .drafting import PromptLookup
-from .inference import PASSES, ready, ready_sampling
+from .inference import PASSES, ready
 from .model import ModelConfig, Transformer
 from .profiles import PROFILES, BenchConfig, Profile, Schedule, count, get_profile
 from .sampling import Sampling
@@ -293,7 +293,7 @@ def record_roofline(profile: Profile, models: dict[str, Transformer], run: dict)
     steps = []
     for passes in PASSES:
         fast = {role: ready(models[role], profile.bench.dtype, passes) for role in ROLES if role in models}
-        measured = roofline.measure_steps(fast, sampling=ready_sampling(Sampling(), passes, fast["target"].device))
+        measured = roofline.measure_steps(fast)
         steps += [{"sizes": profile.name, "passes": passes} | row for row in roofline.as_rows(measured)]
     report.record(profile.name, "roofline", params=run, values={"steps": steps}, rows=steps)
 

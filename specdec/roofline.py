@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .bench import clock
-from .inference import Model, draw_next, ready, ready_sampling
+from .inference import Model, draw_next, next_probs, ready
 from .model import ModelConfig, Transformer
 from .profiles import Profile, get_profile
 from .sampling import Randomness, Sampling
@@ -75,7 +75,7 @@ def measure_steps(
     def step(model, cache, m):
         if m == 1:
             return int(draw_next(model, ids[:, :1], cache, sampling, randomness)[0])
-        return sampling.probs(model(ids[:, :m], cache)[0, :, : model.config.n_ids])
+        return next_probs(model, ids[:, :m], cache, sampling)
 
     for name, model in fast.items():
         caches[name] = model.new_cache()
@@ -124,7 +124,7 @@ def survey(profile: Profile, large: str = "seed", fast: dict[str, Model] | None 
     for name, models in [(profile.name, fast)] + [(large, None)] * (large != profile.name):
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
-        measured.append((name, measure_steps(models, sampling=ready_sampling(Sampling(), passes))))
+        measured.append((name, measure_steps(models)))
     bandwidth = max(step.bandwidth for _, steps in measured for step in steps)
     return [
         {"sizes": name, "passes": passes} | row

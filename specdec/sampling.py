@@ -95,9 +95,7 @@ class Randomness:
     def __init__(self, seed: int | None = None, device: str | torch.device = "cpu"):
         self.generator = torch.Generator(device)
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        # a call of an accelerator takes as long for many numbers as for one, so there they are drawn ahead
-        self.many = 0 if self.generator.device.type == "cpu" else 1024
-        self.ahead, self.used = None, 0
+        self.many, self.ahead, self.used = 1024, None, 0  # drawn ahead: a call for many takes hardly longer than for one
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) float64 in [0, 1), multiples of 2⁻⁵³."""
@@ -136,17 +134,22 @@ class Numbers(Randomness):
         return self.numbers[self.used - n : self.used]
 
 
+def spread(rows: Tensor, offered: Tensor | None, n_ids: int) -> Tensor:
+    """Rows (k, N) over the ids ``offered`` (N,), or over all if that is None → over all ids (k, V)."""
+    return rows if offered is None else rows.new_zeros(len(rows), n_ids).index_copy_(1, offered, rows)
+
+
 class Rule(Protocol):
     """A verification rule: how many drafted tokens stay, and which token follows them.
 
     drafted (k,) ids · draft_probs (k, V), the rows they were drawn from · target_probs (k+1, V) → (accepted, next),
     ``accepted`` an integer () in 0 … k, ``next`` an id (1,). Lossless when the emitted tokens follow the target's law.
-    Both stay on the device: no rule waits for a value, so that one synchronisation a round is enough.
+    Both stay on an accelerator: no rule waits for a value, so that one synchronisation a round is enough.
     """
 
     def __call__(
         self, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[int | Tensor, Tensor]: ...
 
 
 def residual(target_probs: Tensor, draft_probs: Tensor, scale: float | Tensor = 1.0) -> Tensor:

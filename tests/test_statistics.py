@@ -19,7 +19,7 @@ from specdec.bench import greedy_ties
 from specdec.data import held_out_prompts
 from specdec.drafting import DraftModel, drafter_of
 from specdec.engine import Trace, speculate
-from specdec.inference import read, ready, ready_rule, ready_sampling
+from specdec.inference import read, ready, ready_rule
 from specdec.sampling import RULES, Randomness, Sampling, block, token_wise
 
 V, N = 50_304, 20_000  # ids; rounds of a test
@@ -245,8 +245,7 @@ def test_compiled_steps_of_the_trained_pair(proof, trained):
     arms = {name: [ready(model, "float32", name) for model in (target, draft)] for name in ("eager", "compiled")}
     for name, (t, d) in arms.items():
         trace = Trace(keep_probs=True)
-        sampling, rule = ready_sampling(Sampling(), name), ready_rule(token_wise, name)
-        options = dict(sampling=sampling, rule=rule, max_new_tokens=48, randomness=Randomness(5), trace=trace)
+        options = dict(rule=ready_rule(token_wise, name), max_new_tokens=48, randomness=Randomness(5), trace=trace)
         list(speculate(t, prompt, drafter=drafter_of(d), k=K, **options))
         found[name] = trace.rounds
     different, largest = differences(zip(found["compiled"], found["eager"]))
