@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import KVCache, ModelConfig, Transformer
-from .native import LANES, MOST, TYPES, NativeModel, Whole, library, sums
+from .native import MOST, TYPES, NativeModel, Whole, library, sums
 from .sampling import Randomness, Sampling, spread, token_wise
 
 
@@ -82,10 +82,10 @@ class CompiledModel(Whole):
         return drawn, spread(probs, self.offered, self.config.n_ids)
 
     def _draw(self, at, rows: int, cache: "PanelCache", sampling: Sampling, randomness: Randomness, n: int, as_ids: bool):
-        start, numbers = cache.append(rows + n - 1), randomness.uniforms(n)
+        start = cache.append(rows + n - 1)
         tokens, probs = torch.empty(n, dtype=torch.long), torch.empty(n, self.native.n_outputs, dtype=self.sums)
         _check(self.calls.draw(
-            self.type, self.at, *cache.at, at, rows, start, n, sampling.temperature, numbers.data_ptr(), as_ids,
+            self.type, self.at, *cache.at, at, rows, start, n, sampling.temperature, randomness.address(n), as_ids,
             tokens.data_ptr(), probs.data_ptr(),
         ))  # fmt: skip
         return tokens, self._unpadded(probs)
@@ -95,14 +95,15 @@ class CompiledModel(Whole):
 
 
 class PanelCache(KVCache):
-    """Keys and values as panels, so that attention is two products of few rows: keys (layers, K, S/8, D, 8), values
-    (layers, K, D/8, S, 8)."""
+    """Keys and values as panels, so that attention is two products of few rows: keys (layers, K, S/L, D, L), values
+    (layers, K, D/L, S, L), in which L is the lanes of a register."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         self.capacity, self.length = config.context, 0
         layers, K, S, D = config.n_layers, config.n_kv_heads, config.context, config.head_size
-        self.k = torch.zeros(layers, K, -(-S // LANES), D, LANES, dtype=dtype)
-        self.v = torch.zeros(layers, K, -(-D // LANES), S, LANES, dtype=dtype)
+        L = library().lanes
+        self.k = torch.zeros(layers, K, -(-S // L), D, L, dtype=dtype)
+        self.v = torch.zeros(layers, K, -(-D // L), S, L, dtype=dtype)
         self.at = self.k.data_ptr(), self.v.data_ptr()
 
 
@@ -114,11 +115,11 @@ def compiled_token_wise(
         return token_wise(drafted, draft_probs, target_probs, randomness)
     k, n_ids = draft_probs.shape
     q, p = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (draft_probs, target_probs))
-    drafted, numbers = drafted.contiguous(), randomness.uniforms(k + 1)
-    accepted, following = ctypes.c_int64(), torch.empty(1, dtype=torch.long)
+    drafted = drafted.contiguous()
+    accepted, following = ctypes.c_int64(), drafted.new_empty(1)
     _check(library().decide(
-        TYPES[p.dtype], drafted.data_ptr(), q.data_ptr(), q.stride(0), p.data_ptr(), p.stride(0), numbers.data_ptr(), k,
-        n_ids, ctypes.byref(accepted), following.data_ptr(),
+        TYPES[p.dtype], drafted.data_ptr(), q.data_ptr(), q.stride(0), p.data_ptr(), p.stride(0), randomness.address(k + 1),
+        k, n_ids, ctypes.byref(accepted), following.data_ptr(),
     ))  # fmt: skip
     return accepted.value, following
 

@@ -1,18 +1,18 @@
 // Passes of a Transformer over a few rows, at the speed at which memory delivers its weights; and what a round does with
 // their logits, which elsewhere is sampling.py: probabilities, draws, the token-wise decision.
 //
-// A weight is loaded once and multiplied with up to six rows, or twelve where there are 32 registers, while it is in its
-// own; the sums of all of them stay in the core until they are complete. More rows take a block of weights that was just used out of the nearest cache, and
-// the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call: what lies between
+// A weight is loaded once and multiplied with up to 12 rows, or 24 where there are 32 registers, while it is in its own; the
+// sums of all of them stay in the core until they are complete. More rows take a block of weights that was just used out of
+// the nearest cache, and the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call: what lies between
 // two products, and the threads' waiting for each other, would otherwise take as long as the products of a small model.
 //
 // Where the processor multiplies pairs of bfloat16 numbers and adds them up in float32, rows are rounded to bfloat16 before
 // a product by bfloat16 weights; elsewhere weights are widened.
 //
-//     R rows · C width · D head size · S tokens in the cache · matrices as panels (outputs/8, inputs, 8), W their type;
-//     of pairs (outputs/8, inputs/2, 8, 2)
+//     R rows · C width · D head size · S tokens in the cache · L lanes · matrices as panels (outputs/L, inputs, L), W their
+//     type; of pairs (outputs/L, inputs/2, L, 2)
 //
-// The cache is panels too: keys (layers, K, S/8, D, 8), values (layers, K, D/8, S, 8), so that attention is two products.
+// The cache is panels too: keys (layers, K, S/L, D, L), values (layers, K, D/L, S, L), so that attention is two products.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 
 #include <algorithm>
@@ -37,13 +37,13 @@
 
 namespace {
 
-constexpr long LANES = 8;  // outputs of a panel
-#ifdef __AVX512VL__
-constexpr long ROWS = 12;  // rows of one go: there are 32 registers
+// outputs of a panel, as many as a register has numbers; vectors of sums that one go keeps in registers
+#ifdef __AVX512F__
+constexpr long LANES = 16, SUMS = 24;  // of 32
 #else
-constexpr long ROWS = 6;  // 16
+constexpr long LANES = 8, SUMS = 12;  // of 16
 #endif
-constexpr long MOST = 32;  // rows in all
+constexpr long ROWS = 12, MOST = 32;  // queries of attention at once; rows in all
 constexpr long BLOCK = 64, AHEAD = 4096;  // columns of a block, and bytes: how far ahead weights are asked for
 
 // an array of sums is kept in registers only if no loop over it is left
@@ -51,7 +51,7 @@ constexpr long BLOCK = 64, AHEAD = 4096;  // columns of a block, and bytes: how 
 
 template <typename T>
 struct Vector {
-  typedef T Lanes __attribute__((vector_size(LANES * sizeof(T))));
+  typedef T Lanes __attribute__((vector_size(LANES * sizeof(T)), aligned(LANES * sizeof(T) > 64 ? 64 : LANES * sizeof(T))));
 };
 template <typename T>
 using Lanes = typename Vector<T>::Lanes;
@@ -132,13 +132,13 @@ void add(const Factor<W, T>* x, long stride, const W* panels, long apart, long n
     }
 #ifdef __AVX512BF16__
     if constexpr (paired<W>) {
-      __m256bh weight[P];
-      UNROLL for (int p = 0; p < P; p++) weight[p] = (__m256bh)_mm256_loadu_si256((const __m256i*)at[p]);
+      __m512bh weight[P];
+      UNROLL for (int p = 0; p < P; p++) weight[p] = (__m512bh)_mm512_loadu_si512(at[p]);
       UNROLL for (int r = 0; r < R; r++) {
         int pair;
         std::memcpy(&pair, x + r * stride + c, sizeof pair);
-        const __m256bh both = (__m256bh)_mm256_set1_epi32(pair);
-        UNROLL for (int p = 0; p < P; p++) sum[r][p] = (Lanes<T>)_mm256_dpbf16_ps((__m256)sum[r][p], weight[p], both);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        UNROLL for (int p = 0; p < P; p++) sum[r][p] = (Lanes<T>)_mm512_dpbf16_ps((__m512)sum[r][p], weight[p], both);
       }
       continue;
     }
@@ -157,27 +157,13 @@ template <typename W, typename T, int P>
 void multiply(const Factor<W, T>* x, long stride, long rows, const W* panels, long apart, long width, Lanes<T>* sums) {
   constexpr auto adds = []<int... R>(std::integer_sequence<int, R...>) {
     return std::array{&add<W, T, R + 1, P>...};
-  }(std::make_integer_sequence<int, ROWS * 2 / P>());  // as many as there are registers for
+  }(std::make_integer_sequence<int, SUMS / P>());  // as many as there are registers for
   constexpr long most = adds.size();
   const long block = rows > most ? BLOCK : width;
   for (long c = 0; c < width; c += block)
     for (long r = 0; r < rows; r += most)
       adds[std::min(most, rows - r) - 1](x + r * stride + c, stride, panels + c * LANES, apart, std::min(block, width - c),
                                          sums + r * P, c > 0);
-}
-
-// A thread's share of x (R, C) · panels, P of them at once, from places far apart: `then(row, panel, sums)` is told each
-// result.
-template <typename W, typename T, int P, typename Then>
-void share(Thread t, const Factor<W, T>* x, long stride, long rows, const W* panels, long n_panels, long width, Then then) {
-  const long part = n_panels / P;
-  for (long j = t.begin(part); j < t.end(part); j++) {
-    Lanes<T> sums[MOST * P];
-    const long size = columns<W>(width) * LANES;
-    multiply<W, T, P>(x, stride, rows, panels + j * size, part * size, width, sums);
-    for (long r = 0; r < rows; r++)
-      for (int p = 0; p < P; p++) then(r, j + p * part, sums[r * P + p]);
-  }
 }
 
 // the same numbers as they are multiplied, for one thread
@@ -200,16 +186,31 @@ const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
   }
 }
 
+// A thread's share of x (R, C) · panels: `then(row, panel, sums)` is told each result. It is one piece whatever the number of
+// rows, so that a cache which only this thread uses may still hold it from the pass before; several panels at once, from
+// places far apart.
 template <typename W, typename T, typename Then>
 void product(Thread t, const T* from, long stride, long rows, const void* panels, long n_panels, long width, Then then) {
-  const W* w = (const W*)panels;
   const auto* x = factors<W>(from, stride, rows, width);
-  if (rows <= ROWS / 2 && n_panels % 4 == 0) share<W, T, 4>(t, x, stride, rows, w, n_panels, width, then);
-  else if (n_panels % 2 == 0) share<W, T, 2>(t, x, stride, rows, w, n_panels, width, then);
-  else share<W, T, 1>(t, x, stride, rows, w, n_panels, width, then);
+  const long size = columns<W>(width) * LANES, end = t.end(n_panels);
+  long first = t.begin(n_panels);
+  auto go = [&](auto places) {
+    constexpr int P = decltype(places)::value;
+    const long part = (end - first) / P;
+    for (long j = first; j < first + part; j++) {
+      Lanes<T> sums[MOST * P];
+      multiply<W, T, P>(x, stride, rows, (const W*)panels + j * size, part * size, width, sums);
+      for (long r = 0; r < rows; r++)
+        for (int p = 0; p < P; p++) then(r, j + p * part, sums[r * P + p]);
+    }
+    first += part * P;
+  };
+  if (rows <= SUMS / 4) go(std::integral_constant<int, 4>());
+  if (rows <= SUMS / 2) go(std::integral_constant<int, 2>());
+  go(std::integral_constant<int, 1>());
 }
 
-// y (R, panels · 8) = x (R, C) · panels that lie side by side in a cache, by one thread
+// y (R, panels · L) = x (R, C) · panels that lie side by side in a cache, by one thread
 template <typename T>
 void small_product(const T* x, long stride, long rows, const T* panels, long apart, long n_panels, long width, T* y,
                    long y_stride) {
@@ -223,13 +224,13 @@ void small_product(const T* x, long stride, long rows, const T* panels, long apa
         for (int p = 0; p < P; p++) *(Lanes<T>*)(y + r * y_stride + (j + p) * LANES) = sums[r * P + p];
     }
   };
-  if (rows <= ROWS / 2) go(std::integral_constant<int, 4>());
-  go(std::integral_constant<int, 2>());
+  if (rows <= SUMS / 4) go(std::integral_constant<int, 4>());
+  if (rows <= SUMS / 2) go(std::integral_constant<int, 2>());
   go(std::integral_constant<int, 1>());
 }
 
 // One number at a time, or by a library's call, exponentials take a good part of the time of the products beside them: in
-// float32 eight at once. float64 is for tests.
+// float32 a register at once. float64 is for tests.
 
 inline Lanes<double> exp(Lanes<double> x) {
   for (int i = 0; i < LANES; i++) x[i] = std::exp(x[i]);
@@ -563,6 +564,7 @@ void typed(int type, Work work) {
 // What is given ids returns whether it knows them; if not, it does nothing.
 extern "C" {
 
+long specdec_lanes() { return LANES; }
 bool specdec_pairs() { return PAIRS; }
 
 void specdec_multiply(int type, const void* x, long rows, long width, const void* panels, long n_panels, void* y) {

@@ -19,7 +19,7 @@ from .data import build_dir
 from .model import KVCache, Transformer
 from .sampling import Randomness, Sampling, spread
 
-LANES, MOST = 8, 32  # as in native.cpp: outputs of a panel, most rows of a pass
+MOST = 32  # as in native.cpp: most rows of a pass
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16: of the weights; sums are float32
 # the second: a single chain of sums is to be fused like several, so that a row has the same bits in any company
 FLAGS = ("-ftree-loop-vectorize", "--param=avoid-fma-max-bits=0", "-Wno-psabi")
@@ -73,14 +73,15 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"specdec_{name}")
         function.restype, function.argtypes = result, (c_int, *arguments)
         setattr(loaded, name, function)
-    loaded.pairs = bool(loaded.specdec_pairs())
+    loaded.pairs, loaded.lanes = bool(loaded.specdec_pairs()), loaded.specdec_lanes()
     return loaded
 
 
 def panels(weight: Tensor) -> Tensor:
-    """A matrix (N, C) as panels (N/8, C, 8) of 8 outputs that lie together and are multiplied at once; where numbers are
-    multiplied in pairs, (N/8, C/2, 8, 2)."""
-    rows = F.pad(weight.detach(), (0, 0, 0, -len(weight) % LANES)).view(-1, LANES, weight.shape[1])
+    """A matrix (N, C) as panels (N/L, C, L) of L outputs that lie together and are multiplied at once, one in each lane of a
+    register; where numbers are multiplied in pairs, (N/L, C/2, L, 2)."""
+    lanes = library().lanes
+    rows = F.pad(weight.detach(), (0, 0, 0, -len(weight) % lanes)).view(-1, lanes, weight.shape[1])
     if weight.dtype == torch.bfloat16 and library().pairs:
         rows = F.pad(rows, (0, rows.shape[2] % 2)).unflatten(2, (-1, 2))
     return rows.transpose(1, 2).contiguous()
@@ -104,7 +105,7 @@ class PanelLinear(nn.Module):
             raise ValueError(f"{len(rows)} rows are too many for panels; give at most {MOST}.")
         if rows.shape[1] != self.n_inputs:
             raise ValueError(f"rows of {rows.shape[1]} numbers were given where {self.n_inputs} are multiplied.")
-        y = rows.new_empty(len(rows), len(self.panels) * LANES)
+        y = rows.new_empty(len(rows), len(self.panels) * self.panels.shape[2])
         self.multiply(self.type, rows.data_ptr(), *rows.shape, self.panels.data_ptr(), len(self.panels), y.data_ptr())
         return y[:, : self.n_outputs].view(*x.shape[:-1], -1).to(x.dtype)
 
@@ -183,4 +184,4 @@ class NativeModel:
             at(model.embedding.weight), at(model.cos.to(kind)), at(model.sin.to(kind)), at(model.norm.weight.to(kind)),
             at(panels(model.head.weight)), None if model.offered is None else at(model.offered), self.layers,
         )  # fmt: skip
-        self.n_outputs = -(-self.n_offered // LANES) * LANES  # of the panels, padding included
+        self.n_outputs = self.n_offered + -self.n_offered % library().lanes  # of the panels, padding included

@@ -99,15 +99,21 @@ class Randomness:
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) float64 in [0, 1), multiples of 2⁻⁵³."""
-        if n > self.many:
-            return self._rand(n)
-        if self.ahead is None or self.used + n > self.many:
-            self.ahead, self.used = self._rand(self.many), 0
-        self.used += n
-        return self.ahead[self.used - n : self.used]
+        first = self._take(n)
+        return self.ahead[first : first + n]
 
-    def _rand(self, n: int) -> Tensor:
-        return torch.rand(n, dtype=torch.float64, generator=self.generator, device=self.generator.device)
+    def address(self, n: int) -> int:
+        """Where the next n numbers lie in memory, until others are taken; quicker than a tensor of them."""
+        first = self._take(n)
+        return self.ahead.data_ptr() + first * self.ahead.itemsize
+
+    def _take(self, n: int) -> int:
+        """Where the next n numbers begin among those drawn ahead."""
+        if self.ahead is None or self.used + n > len(self.ahead):
+            many, device = max(n, self.many), self.generator.device
+            self.ahead, self.used = torch.rand(many, dtype=torch.float64, generator=self.generator, device=device), 0
+        self.used += n
+        return self.used - n
 
     def choose(self, probs: Tensor) -> Tensor:
         """One index (1,) drawn from probs (V,), by inversion in float64.
@@ -127,11 +133,7 @@ class Numbers(Randomness):
     """Uniform numbers that were drawn before, handed out in order: chance for a captured graph, which cannot draw."""
 
     def __init__(self, numbers: Tensor):
-        self.numbers, self.used = numbers, 0
-
-    def uniforms(self, n: int) -> Tensor:
-        self.used += n
-        return self.numbers[self.used - n : self.used]
+        self.ahead, self.used = numbers, 0
 
 
 def spread(rows: Tensor, offered: Tensor | None, n_ids: int) -> Tensor:

@@ -1,3 +1,4 @@
+import ctypes
 import itertools
 import math
 
@@ -192,10 +193,12 @@ def test_equal_seeds_equal_draws():
 
 
 def test_numbers_that_are_drawn_ahead_are_each_given_once():
-    """As on an accelerator: in order, none twice, and more than are drawn at once too."""
+    """In order, none twice, and more than are drawn at once too; as tensors or where they lie."""
     randomness = Randomness(3)
     randomness.many = 8
-    given = [randomness.uniforms(n) for n in (1, 3, 4, 2, 7, 20, 1)]
+    given = [randomness.uniforms(n) for n in (1, 3, 4, 2, 7)]
+    given.append(torch.tensor((ctypes.c_double * 20).from_address(randomness.address(20)), dtype=torch.float64))
+    given.append(randomness.uniforms(1))
     assert [len(numbers) for numbers in given] == [1, 3, 4, 2, 7, 20, 1]
     everything = torch.cat(given)
     assert len(everything.unique()) == len(everything) and ((0 <= everything) & (everything < 1)).all()
