@@ -7,7 +7,7 @@ totals, never means of ratios; intervals come from a paired bootstrap over promp
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -117,7 +117,7 @@ def acceptance_by_position(traces: list[Trace], k: int) -> list[float]:
 
 
 def acceptance_of_wanted(traces: dict[int, list[Trace]]) -> tuple[list[float], list[int]]:
-    """What a prediction needs, from traces by k: αᵢ for i up to the largest k, and lengths of proposals.
+    """What a prediction needs, from traces of one text by k: αᵢ for i up to the largest k, and lengths of proposals.
 
     A draft that was wanted but not proposed counts as refused: prompt lookup often finds fewer than k tokens, or none.
     Not wanted is only what the end of the text leaves no room for. The lengths are of the proposals in rounds that had
@@ -193,7 +193,7 @@ class Costs:
     step_seconds: float  # one target step: one row through the model, probabilities, one draw
     drafts: dict[int, float]  # k draft steps of a round ÷ one target step; the first is slower, its weights are not at hand
     v: dict[int, float]  # a verifying pass over m rows, probabilities included ÷ one target step
-    o: float  # deciding and rolling back, per round ÷ one target step
+    o: float  # deciding about so many drafts as are usual, and asking how, per round ÷ one target step
 
     @property
     def c(self) -> float:
@@ -222,61 +222,69 @@ Timings = dict[tuple[str, int], list[float]]  # seconds of ("target", 1), ("draf
 
 @torch.inference_mode()
 def time_parts(
-    target: Transformer, drafter: Drafter, prompt: list[int], sampling: Sampling, k_max: int, repeats: int = 24,
+    target: Transformer, drafter: Drafter, prompt: list[int], sampling: Sampling, ks: Sequence[int], repeats: int = 8,
     rule: Rule = token_wise, timings: Timings | None = None,
 ) -> Timings:  # fmt: skip
-    """Interleaved timings of a round's parts after ``prompt``; given ``timings`` are added to.
+    """Interleaved timings of a round's parts after ``prompt``, for each of ``ks``; given ``timings`` are added to, three for
+    each of ``repeats``.
 
     Each part follows what it follows in a text, because what ran before it decides what the processor's caches hold: a
     target step other steps, a verifying pass the drafting, and both the draft and the decision a verifying pass; and that
     for some rounds, because a cache may keep a part of the weights from one to the next.
     """
+    k_max, middle = max(ks), sorted(ks)[len(ks) // 2]
     randomness, cache = Randomness(0, target.device), target.new_cache()
     text = prompt + prompt[-1:]  # the last token is unread, as after every round
     prefill(target, text, cache)
     drafter.start()
-    block = torch.tensor([[prompt[i % len(prompt)] for i in range(k_max + 1)]], device=target.device)
+    newest = torch.tensor(text[-1:], device=target.device)
+    drafted = torch.tensor([prompt[i % len(prompt)] for i in range(k_max)], device=target.device)
 
     def step():
-        return int(draw_next(target, block[:, :1], cache, sampling, randomness)[0])
+        return int(draw_next(target, newest[None], cache, sampling, randomness)[0])
 
     def verify(m):
-        return step() if m == 1 else next_probs(target, block[:, :m], cache, sampling)
+        return step() if m == 1 else next_probs(target, torch.cat([newest, drafted[: m - 1]])[None], cache, sampling)
+
+    def judged():
+        nonlocal p
+        p = verify(middle + 1)
 
     p = verify(k_max + 1)
     q = p[:-1].roll(1, 0)
     drafted = torch.cat([randomness.choose(row) for row in q])
+    q, some = q[:middle], drafted[:middle]
 
     def draft(k):
         return drafter.propose(text, k, sampling, randomness)
 
     def decide():
-        accepted, following = rule(drafted, q, p, randomness)
-        return on_host(accepted, drafted, following)
+        accepted, following = rule(some, q, p, randomness)
+        return on_host(accepted, some, following)
 
-    widest = partial(verify, k_max + 1)
-    work = {("target", 1): (step, step), ("decide", k_max): (widest, decide)}
-    work |= {("draft", k): (widest, partial(draft, k)) for k in range(1, k_max + 1)}
-    work |= {("verify", m): (partial(draft, max(1, m - 1)), partial(verify, m)) for m in range(1, k_max + 2)}
+    work = {("target", 1): (step, step), ("decide", middle): (judged, decide)}
+    work |= {("draft", k): (partial(verify, k + 1), partial(draft, k)) for k in sorted(ks)}
+    work |= {("verify", m): (partial(draft, max(1, m - 1)), partial(verify, m)) for m in [1, *(k + 1 for k in sorted(ks))]}
     timings = {} if timings is None else timings
-    for i in range(repeats + 1):
+    for _ in range(repeats):
         for name, (before, function) in work.items():
-            for part in (before, function) * 3:
+            seconds = []
+            for part in (before, function) * 6:
                 cache.truncate(len(prompt))
                 drafter.truncate(len(prompt))
                 began = clock()
                 part()
-            seconds = clock() - began
-            if i:  # the first ones read the prompt and capture
-                timings.setdefault(name, []).append(seconds)
+                seconds.append(clock() - began)
+            timings.setdefault(name, []).extend(seconds[7::2])  # the first ones may capture, too
     return timings
 
 
 def costs_of(timings: Timings) -> Costs:
-    """Medians, in target steps."""
-    median = {name: float(np.median(values)) for name, values in timings.items()}
-    one = median["target", 1]
-    steps = {part: {n: t / one for (of, n), t in median.items() if of == part} for part in ("draft", "verify", "decide")}
+    """In target steps. Means, because a text takes the sum of its rounds, whose parts are often quick and sometimes slow;
+    without the slowest tenth and the quickest, which are somebody else's."""
+    mean = {name: float(np.mean(np.sort(v)[len(v) // 10 : len(v) - len(v) // 10])) for name, v in timings.items()}
+    one = mean["target", 1]
+    steps = {part: {n: t / one for (of, n), t in mean.items() if of == part} for part in ("draft", "verify", "decide")}
     return Costs(one, steps["draft"], steps["verify"], *steps["decide"].values())
 
 
@@ -326,10 +334,12 @@ def run(
     """A, B and C with every drafter, temperature and k on held-out prompts; then the best k of each on fresh ones.
 
     The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from costs measured in
-    turns with the prompts of the sweep, and from the acceptance by position of all its rounds. ``after`` each temperature
+    turns with the prompts of the sweep, and from the acceptance by position of each of its texts. ``after`` each temperature
     is told what there is so far.
     """
     sweep, final = split_prompts(data, config)
+    length = config.prompt_tokens + config.new_tokens // 2
+    typical = (sweep[0] * (length // config.prompt_tokens + 1))[:length]  # as long as a text is in the middle
     out, k_max, device = Benchmark(), max(config.ks), target.device
     rule = ready_rule(token_wise, config.passes, device)
     for temperature in config.temperatures:
@@ -342,7 +352,7 @@ def run(
 
         def time_costs():
             for name, drafter in drafters.items():
-                time_parts(target, drafter, sweep[0] * 2, sampling, k_max, repeats=4, rule=rule, timings=timings[name])
+                time_parts(target, drafter, typical, sampling, config.ks, repeats=2, rule=rule, timings=timings[name])
 
         rows = measure(arms, sweep, seed=config.seed, device=device, traces=traces, between=time_costs)
         finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
@@ -352,14 +362,16 @@ def run(
             by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
             rounds = [trace for k in config.ks for trace in by_k[k]]
             out.by_position[key] = acceptance_by_position(rounds, k_max)
-            alphas, lengths = acceptance_of_wanted(by_k)
-            verdict = partial(mean_verdict, costs, lengths or [k_max])
             out.alpha[key] = alpha(kept_probs(target, drafter, sweep, k_max, config, sampling))
+            texts = []  # they differ more from each other than their rounds do
+            for i in range(len(sweep)):
+                alphas, lengths = acceptance_of_wanted({k: [by_k[k][i]] for k in config.ks})
+                texts.append((alphas, partial(mean_verdict, costs, lengths or [k_max])))
             prefill_steps = np.mean([t.seconds["prefill"] for t in rounds]) / costs.step_seconds
             table = {k: cell(rows, f"C {name} k={k}", "A") for k in config.ks}
             for k, line in table.items():
-                cost = theory.text_cost(n, alphas, k, costs.draft, verdict)
-                predicted = (prefill_steps + n) / (prefill_steps + cost)
+                cost = np.mean([theory.text_cost(n, alphas, k, costs.draft, verdict) for alphas, verdict in texts])
+                predicted = (prefill_steps + n) / (prefill_steps + float(cost))
                 line |= {"draft": name, "temperature": temperature, "k": k, "predicted": predicted}
             best = max(table, key=lambda k: table[k]["speedup"])
             picked = max(table, key=lambda k: table[k]["predicted"])

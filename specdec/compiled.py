@@ -111,9 +111,9 @@ def compiled_token_wise(
     drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
 ) -> tuple[int | Tensor, Tensor]:
     """`token_wise` as one call: the same tokens for the same random numbers."""
-    if draft_probs.dtype != target_probs.dtype or not len(drafted):
-        return token_wise(drafted, draft_probs, target_probs, randomness)
     k, n_ids = draft_probs.shape
+    if not k or draft_probs.dtype != target_probs.dtype:
+        return token_wise(drafted, draft_probs, target_probs, randomness)
     q, p = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (draft_probs, target_probs))
     drafted = drafted.contiguous()
     accepted, following = ctypes.c_int64(), drafted.new_empty(1)

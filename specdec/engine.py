@@ -129,7 +129,7 @@ def speculate(
 
             # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
             unread = torch.cat([following, drafted])[None]
-            if len(drafted):
+            if drafted.numel():
                 p = next_probs(target, unread, cache, sampling, "target")  # (k+1, V)
                 trace.mark("verify")
 

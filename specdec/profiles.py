@@ -125,7 +125,7 @@ _CPU = Profile(
         (Phase(200, 40, 2e-3, 0.1, 1, 4, 50), Phase(200, 10, 1e-3, 0.1, 1, 4, 50)), block_size=256, compile=True
     ),
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=32, new_tokens=128, ks=(1, 2, 3, 4, 5, 8, 11), n_sweep_prompts=6, passes="compiled"
+        n_prompts=32, prompt_tokens=32, new_tokens=128, ks=(1, 2, 3, 4, 5, 8, 11), n_sweep_prompts=12, passes="compiled"
     ),
 )
 

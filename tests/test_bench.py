@@ -99,7 +99,7 @@ def test_identical_models_accept_everything(pair):
 
 
 def test_costs_are_positive_and_caches_are_left_alone(pair):
-    timings = bench.time_parts(pair[0], DraftModel(pair[1]), [1, 2, 3], Sampling(), k_max=3, repeats=3)
+    timings = bench.time_parts(pair[0], DraftModel(pair[1]), [1, 2, 3], Sampling(), ks=(1, 2, 3), repeats=1)
     costs = bench.costs_of(timings)
     assert costs.c > 0 and costs.o > 0 and set(costs.drafts) == {1, 2, 3} and set(costs.v) == {1, 2, 3, 4}
     assert min(*costs.drafts.values(), *costs.v.values()) > 0
