@@ -298,7 +298,7 @@ class Benchmark:
     by_position: dict[str, list[float]] = field(default_factory=dict)  # αᵢ over all k
     alpha: dict[str, float] = field(default_factory=dict)  # mean Σ min(p, q) at the examined positions
     best: dict[str, dict] = field(default_factory=dict)  # the best k of each, measured again on all prompts
-    best_k: dict[str, dict] = field(default_factory=dict)  # the k that theory picks, and what it loses to the best one
+    best_k: dict[str, dict] = field(default_factory=dict)  # the k that theory picks ÷ the best one of the sweep
     aa: dict[str, dict] = field(default_factory=dict)  # the target alone ÷ itself, by temperature
     r2: float = float("nan")  # of predicted against measured speed-up over all speculative cells of the sweep
 
@@ -377,7 +377,7 @@ def run(
             picked = max(table, key=lambda k: table[k]["predicted"])
             out.best_k[key] = {"picked": picked, "best": best, "of_best": table[picked]["speedup"] / table[best]["speedup"]}
             out.best[key] = {"k": best}
-            finals[f"C {name} k={best}"] = arms[f"C {name} k={best}"]
+            finals |= {arm: arms[arm] for arm in (f"C {name} k={best}", f"C {name} k={picked}")}
             out.cells += list(table.values())
         for name in alone:
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
@@ -388,6 +388,8 @@ def run(
             line |= cell(again, f"C {name} k={line['k']}", "A")
             if name in alone:
                 line["draft_alone"] = cell(again, f"B {name}", "A")
+            choice = out.best_k[f"{name} {tag}"]  # on fresh prompts, since the best of several is also the luckiest
+            choice["fresh"] = speed_ratio(again, *(f"C {name} k={choice[which]}" for which in ("picked", "best")))
         out.best[f"target {tag}"] = cell(again, "A", "A")
         out.aa[tag] = speed_ratio(again, "A again", "A")
         for part, measured in (("sweep", rows), ("final", again)):
