@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import KVCache, ModelConfig, Transformer
-from .native import MOST, TYPES, NativeModel, Whole, library, sums
+from .native import MOST, TYPES, NativeModel, Whole, library, multiplied, sums
 from .sampling import Randomness, Sampling, spread, token_wise
 
 
@@ -28,7 +28,7 @@ class CompiledModel(Whole):
         self.calls, self.type, self.at = library(), TYPES[model.dtype], ctypes.byref(self.native.struct)
 
     def new_cache(self) -> "PanelCache":
-        return PanelCache(self.config, self.sums)
+        return PanelCache(self.config, multiplied(self.dtype))
 
     def __call__(self, ids: Tensor, cache: "PanelCache") -> Tensor:
         """Logits (1, T, V) for ids (1, T), which continue the text in ``cache`` and are added to it."""
@@ -96,14 +96,14 @@ class CompiledModel(Whole):
 
 class PanelCache(KVCache):
     """Keys and values as panels, so that attention is two products of few rows: keys (layers, K, S/L, D, L), values
-    (layers, K, D/L, S, L), in which L is the lanes of a register."""
+    (layers, K, D/L, S, L), in which L is the lanes of a register; where numbers are multiplied in pairs, in that order."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         self.capacity, self.length = config.context, 0
         layers, K, S, D = config.n_layers, config.n_kv_heads, config.context, config.head_size
         L = library().lanes
         self.k = torch.zeros(layers, K, -(-S // L), D, L, dtype=dtype)
-        self.v = torch.zeros(layers, K, -(-D // L), S, L, dtype=dtype)
+        self.v = torch.zeros(layers, K, -(-D // L), S + S % 2, L, dtype=dtype)
         self.at = self.k.data_ptr(), self.v.data_ptr()
 
 

@@ -12,7 +12,7 @@
 //     R rows · C width · D head size · S tokens in the cache · L lanes · matrices as panels (outputs/L, inputs, L), W their
 //     type; of pairs (outputs/L, inputs/2, L, 2)
 //
-// The cache is panels too: keys (layers, K, S/L, D, L), values (layers, K, D/L, S, L), so that attention is two products.
+// The cache is panels too, of what is multiplied: keys (layers, K, S/L, D, L), values (layers, K, D/L, S, L), so that attention is two products.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 
 #include <algorithm>
@@ -166,7 +166,19 @@ void multiply(const Factor<W, T>* x, long stride, long rows, const W* panels, lo
                                          sums + r * P, c > 0);
 }
 
-// the same numbers as they are multiplied, for one thread
+// a number as it is multiplied by weights
+template <typename W, typename T>
+Factor<W, T> factor(T x) {
+  if constexpr (paired<W>) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;  // which rounding could make an infinity
+    return bfloat16{uint16_t((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else {
+    return x;
+  }
+}
+
+// rows of them, for one thread
 template <typename W, typename T>
 const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
   if constexpr (paired<W>) {
@@ -174,11 +186,7 @@ const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
     const long to = columns<W>(width) + 32;  // were it a power of two, more rows than a set of the cache holds would share one
     rounded.assign(rows * to, bfloat16{0});
     for (long r = 0; r < rows; r++)
-      for (long c = 0; c < width; c++) {
-        const uint32_t bits = std::bit_cast<uint32_t>(x[r * stride + c]);
-        const bool nan = (bits & 0x7fffffff) > 0x7f800000;  // which rounding could make an infinity
-        rounded[r * to + c].bits = uint16_t((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-      }
+      for (long c = 0; c < width; c++) rounded[r * to + c] = factor<W>(x[r * stride + c]);
     stride = to;
     return rounded.data();
   } else {
@@ -211,15 +219,15 @@ void product(Thread t, const T* from, long stride, long rows, const void* panels
 }
 
 // y (R, panels · L) = x (R, C) · panels that lie side by side in a cache, by one thread
-template <typename T>
-void small_product(const T* x, long stride, long rows, const T* panels, long apart, long n_panels, long width, T* y,
+template <typename W, typename T>
+void small_product(const W* x, long stride, long rows, const W* panels, long apart, long n_panels, long width, T* y,
                    long y_stride) {
   long j = 0;
   auto go = [&](auto places) {
     constexpr int P = decltype(places)::value;
     for (; j + P <= n_panels; j += P) {
       Lanes<T> sums[ROWS * P];
-      multiply<T, T, P>(x, stride, rows, panels + j * apart, apart, width, sums);
+      multiply<W, T, P>(x, stride, rows, panels + j * apart, apart, width, sums);
       for (long r = 0; r < rows; r++)
         for (int p = 0; p < P; p++) *(Lanes<T>*)(y + r * y_stride + (j + p) * LANES) = sums[r * P + p];
     }
@@ -381,15 +389,16 @@ long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
 template <typename W, typename T>
 struct Pass {
+  using Cached = Factor<W, T>;
   const Model& m;
-  T *keys, *values;
+  Cached *keys, *values;
   const long C = padded(m.width), D = m.head_size, K = m.n_kv_heads, H = m.n_heads, S = m.capacity;
   const long qkv_width = padded((H + 2 * K) * D), N = padded(m.n_offered);
   std::unique_ptr<T, decltype(&std::free)> memory{nullptr, std::free};
-  T *x, *normed, *qkv, *queries, *mixed, *hidden, *scores;
+  T *x, *normed, *qkv, *queries, *mixed, *hidden, *scores;  // queries are of type Cached, and have more room than they need
 
   Pass(const Model& model, void* keys, void* values, long rows, int threads)
-      : m(model), keys((T*)keys), values((T*)values) {
+      : m(model), keys((Cached*)keys), values((Cached*)values) {
     T** const places[] = {&x, &normed, &qkv, &queries, &mixed, &hidden, &scores};
     const long sizes[] = {rows * C, threads * rows * C, rows * qkv_width, H * rows * D, rows * C, rows * padded(m.hidden),
                           threads * ROWS * (padded(S) + padded(D))};
@@ -424,23 +433,29 @@ struct Pass {
     }
   }
 
-  T* keys_of(long layer, long head) { return keys + (layer * K + head) * padded(S) * D; }
-  T* values_of(long layer, long head) { return values + (layer * K + head) * padded(D) * S; }
+  // panels of keys have positions as outputs and numbers of the head as inputs, those of values the reverse
+  const long key_panel = LANES * columns<W>(D), value_panel = LANES * columns<W>(S);
+  Cached* keys_of(long layer, long head) { return keys + (layer * K + head) * padded(S) / LANES * key_panel; }
+  Cached* values_of(long layer, long head) { return values + (layer * K + head) * padded(D) / LANES * value_panel; }
+  static long within(long output, long input) {
+    return paired<W> ? (input / 2 * LANES + output % LANES) * 2 + input % 2 : input * LANES + output % LANES;
+  }
 
   void place(Thread t, long layer, long rows, long start) {  // qkv → queries (H, R, D) and the cache
-    const T factor = 1 / std::sqrt(T(D));
+    const T scale = 1 / std::sqrt(T(D));
     for (long i = t.begin(rows * (H + K)); i < t.end(rows * (H + K)); i++) {
       const long r = i / (H + K), h = i % (H + K), position = start + r;
       const T* from = qkv + r * qkv_width + h * D;
       if (h < H) {
-        T* to = queries + (h * rows + r) * D;
-        rotate(from, position, factor, [=](long d, T value) { to[d] = value; });
+        Cached* to = (Cached*)queries + (h * rows + r) * D;
+        rotate(from, position, scale, [=](long d, T number) { to[d] = factor<W>(number); });
         continue;
       }
-      T *key = keys_of(layer, h - H) + position / LANES * LANES * D + position % LANES;
-      T *value = values_of(layer, h - H) + position * LANES;
-      rotate(from, position, T(1), [=](long d, T value) { key[d * LANES] = value; });
-      for (long d = 0; d < D; d++) value[d / LANES * LANES * S + d % LANES] = from[K * D + d];
+      Cached *key = keys_of(layer, h - H) + position / LANES * key_panel, *value = values_of(layer, h - H);
+      rotate(from, position, T(1), [=](long d, T number) { key[within(position, d)] = factor<W>(number); });
+      for (long d = 0; d < D; d++) value[d / LANES * value_panel + within(d, position)] = factor<W>(from[K * D + d]);
+      if (paired<W> && r + 1 == rows && position % 2 == 0 && position + 1 < S)  // the other one of the pair is multiplied too
+        for (long d = 0; d < D; d++) value[d / LANES * value_panel + within(d, position + 1)] = Cached{};
     }
   }
 
@@ -451,13 +466,15 @@ struct Pass {
     for (long i = t.begin(H * rows), n; i < t.end(H * rows); i += n) {
       const long head = i / group;
       n = std::min({ROWS, t.end(H * rows) - i, (head + 1) * group - i});
-      small_product(queries + i * D, D, n, keys_of(layer, head), LANES * D, padded(end) / LANES, D, probs, padded(S));
+      small_product((Cached*)queries + i * D, D, n, keys_of(layer, head), key_panel, padded(end) / LANES, D, probs, padded(S));
       for (long q = 0; q < n; q++) {
         const long visible = start + (i + q) % rows + 1;
         softmax(probs + q * padded(S), visible, T(1));
         std::fill(probs + q * padded(S) + visible, probs + q * padded(S) + end, T(0));
       }
-      small_product(probs, padded(S), n, values_of(layer, head), LANES * S, padded(D) / LANES, end, y, padded(D));
+      long stride = padded(S);
+      const Cached* weights = factors<W>(probs, stride, n, end);
+      small_product(weights, stride, n, values_of(layer, head), value_panel, padded(D) / LANES, end, y, padded(D));
       for (long q = 0; q < n; q++) std::copy_n(y + q * padded(D), D, mixed + (i + q) % rows * C + (i + q) / rows * D);
     }
   }

@@ -77,6 +77,11 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def multiplied(dtype: torch.dtype) -> torch.dtype:
+    """What numbers are rounded to before they are multiplied by weights of ``dtype``."""
+    return dtype if dtype == torch.bfloat16 and library().pairs else sums(dtype)
+
+
 def panels(weight: Tensor) -> Tensor:
     """A matrix (N, C) as panels (N/L, C, L) of L outputs that lie together and are multiplied at once, one in each lane of a
     register; where numbers are multiplied in pairs, (N/L, C/2, L, 2)."""
