@@ -3,8 +3,9 @@
 //
 // A weight is loaded once and multiplied with up to 12 rows, or 24 where there are 32 registers, while it is in its own; the
 // sums of all of them stay in the core until they are complete. More rows take a block of weights that was just used out of
-// the nearest cache, and the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call: what lies between
-// two products, and the threads' waiting for each other, would otherwise take as long as the products of a small model.
+// the nearest cache, and the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call:
+// what lies between two products, and the threads' waiting for each other, would otherwise take as long as the products of a
+// small model.
 //
 // Where the processor multiplies pairs of bfloat16 numbers and adds them up in float32, rows are rounded to bfloat16 before
 // a product by bfloat16 weights; elsewhere weights are widened.
@@ -12,7 +13,8 @@
 //     R rows · C width · D head size · S tokens in the cache · L lanes · matrices as panels (outputs/L, inputs, L), W their
 //     type; of pairs (outputs/L, inputs/2, L, 2)
 //
-// The cache is panels too, of what is multiplied: keys (layers, K, S/L, D, L), values (layers, K, D/L, S, L), so that attention is two products.
+// The cache is panels too, of what is multiplied: keys (layers, K, S/L, D, L), values (layers, K, D/L, S, L), so that attention
+// is two products.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 
 #include <algorithm>
@@ -337,7 +339,8 @@ void probabilities(Thread t, T* rows, long n_rows, long stride, long n, double t
     if (!std::isfinite(finite)) {
       std::fill_n(x, size, std::numeric_limits<T>::quiet_NaN());
     } else if (temperature == 0) {
-      const bool first = part.greatest == most && std::none_of(row, (const Part<T>*)&part, [=](auto& p) { return p.greatest == most; });
+      const auto has = [=](const Part<T>& p) { return p.greatest == most; };
+      const bool first = has(part) && std::none_of(row, (const Part<T>*)&part, has);
       const long place = first ? std::find(x, x + size, most) - x : 0;
       std::fill_n(x, size, T(0));
       x[place] = first;

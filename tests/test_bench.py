@@ -142,3 +142,22 @@ def test_drafters_offer_as_many_ids_as_the_settings_say(toy_data, passes):
     list(speculate(target, [1, 2], drafter=drafters["small"], k=2, max_new_tokens=40, trace=trace))
     assert {x for r in trace.rounds for x in r.drafted} <= set(frequent_ids(toy_data, 10).tolist())
     assert alone["small"](torch.tensor([[1]]), alone["small"].new_cache()).shape[-1] == 257  # arm B is the whole model
+
+
+def test_a_baseline_in_several_moments_is_one():
+    rows = [{"arm": arm, "prompt": i, "seconds": s, "tokens": 8} for i in (0, 1) for arm, s in (("A beside x", 1.0), ("A beside y", 3.0), ("C", 1.0))]
+    merged = bench.together(rows, "A")
+    assert [(r["arm"], r["prompt"], r["seconds"], r["tokens"]) for r in merged[:2]] == [("A", 0, 4.0, 16), ("A", 1, 4.0, 16)]
+    assert [r["arm"] for r in merged[2:]] == ["C", "C"] and bench.speed_ratio(merged, "C", "A")["value"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("stolen, runs", [([0, 0], 1), ([0, 1, 1, 1], 2), ([0, 1, 2, 3, 4, 5], 3)])
+def test_a_text_whose_processor_was_taken_away_is_run_again(monkeypatch, stolen, runs):
+    ticks, ran = iter(stolen), []
+    monkeypatch.setattr(bench, "stolen", lambda: next(ticks))
+    rows = bench.measure({"A": lambda prompt, randomness, trace: ran.append(prompt)}, [[1]], seed=0, warmup=0)
+    assert len(ran) == runs and len(rows) == 1
+
+
+def test_stolen_time_is_counted_where_it_is_counted():
+    assert bench.stolen() >= 0 and isinstance(bench.stolen(), int)
