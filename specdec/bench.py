@@ -92,10 +92,10 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def stolen() -> int:
+def stolen(counts: str = "/proc/stat") -> int:
     """Ticks for which this virtual machine wanted its processors and another one had them; 0 where nobody counts them."""
     try:
-        with open("/proc/stat") as lines:
+        with open(counts) as lines:
             return int(lines.readline().split()[8])  # proc_stat(5): cpu, user, nice, system, idle, iowait, irq, softirq, steal
     except (OSError, IndexError):
         return 0
@@ -219,7 +219,7 @@ class Costs:
     step_seconds: float  # one target step: one row through the model, probabilities, one draw
     drafts: dict[int, float]  # k draft steps of a round ÷ one target step; the first is slower, its weights are not at hand
     v: dict[int, float]  # a verifying pass over m rows, probabilities included ÷ one target step
-    o: float  # deciding about so many drafts as are usual, and asking how, per round ÷ one target step
+    o: float  # the decision about the middle one of the measured k, told to the host ÷ one target step
 
     @property
     def c(self) -> float:
@@ -302,7 +302,7 @@ def time_parts(
                 began = clock()
                 part()
                 seconds.append(clock() - began)
-            timings.setdefault(name, []).extend(seconds[-5::2])  # the first ones may capture, too
+            timings.setdefault(name, []).extend(seconds[-5::2])  # of `function`; what came before it warmed up, or captured
     return timings
 
 
@@ -374,7 +374,7 @@ def run(
         baseline = target_alone(target, config, sampling)
         arms = {f"B {name}": target_alone(model, config, sampling) for name, model in alone.items()}
         for name, drafter in drafters.items():
-            arms |= {f"A beside {name}": baseline}  # every cell is divided by A, so its moment must not be a single one
+            arms[f"A beside {name}"] = baseline  # every cell is divided by A, so its moment must not be a single one
             arms |= {f"C {name} k={k}": both(target, drafter, k, config, sampling) for k in config.ks}
         timings, traces = {name: {} for name in drafters}, {}
 

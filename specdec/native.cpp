@@ -53,7 +53,8 @@ constexpr long BLOCK = 64, AHEAD = 4096;  // columns of a block, and bytes: how 
 
 template <typename T>
 struct Vector {
-  typedef T Lanes __attribute__((vector_size(LANES * sizeof(T)), aligned(LANES * sizeof(T) > 64 ? 64 : LANES * sizeof(T))));
+  static constexpr size_t size = LANES * sizeof(T), aligned_to = size < 64 ? size : 64;  // torch aligns to no more
+  typedef T Lanes __attribute__((vector_size(size), aligned(aligned_to)));
 };
 template <typename T>
 using Lanes = typename Vector<T>::Lanes;
@@ -196,6 +197,14 @@ const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
   }
 }
 
+// calls `go` with the numbers of panels that can be multiplied with so many rows at once, the largest first
+template <typename Go>
+void several_at_once(long rows, Go go) {
+  if (rows <= SUMS / 4) go(std::integral_constant<int, 4>());
+  if (rows <= SUMS / 2) go(std::integral_constant<int, 2>());
+  go(std::integral_constant<int, 1>());
+}
+
 // A thread's share of x (R, C) · panels: `then(row, panel, sums)` is told each result. It is one piece whatever the number of
 // rows, so that a cache which only this thread uses may still hold it from the pass before; several panels at once, from
 // places far apart.
@@ -204,7 +213,7 @@ void product(Thread t, const T* from, long stride, long rows, const void* panels
   const auto* x = factors<W>(from, stride, rows, width);
   const long size = columns<W>(width) * LANES, end = t.end(n_panels);
   long first = t.begin(n_panels);
-  auto go = [&](auto places) {
+  several_at_once(rows, [&](auto places) {
     constexpr int P = decltype(places)::value;
     const long part = (end - first) / P;
     for (long j = first; j < first + part; j++) {
@@ -214,10 +223,7 @@ void product(Thread t, const T* from, long stride, long rows, const void* panels
         for (int p = 0; p < P; p++) then(r, j + p * part, sums[r * P + p]);
     }
     first += part * P;
-  };
-  if (rows <= SUMS / 4) go(std::integral_constant<int, 4>());
-  if (rows <= SUMS / 2) go(std::integral_constant<int, 2>());
-  go(std::integral_constant<int, 1>());
+  });
 }
 
 // y (R, panels · L) = x (R, C) · panels that lie side by side in a cache, by one thread
@@ -225,7 +231,7 @@ template <typename W, typename T>
 void small_product(const W* x, long stride, long rows, const W* panels, long apart, long n_panels, long width, T* y,
                    long y_stride) {
   long j = 0;
-  auto go = [&](auto places) {
+  several_at_once(rows, [&](auto places) {
     constexpr int P = decltype(places)::value;
     for (; j + P <= n_panels; j += P) {
       Lanes<T> sums[ROWS * P];
@@ -233,10 +239,7 @@ void small_product(const W* x, long stride, long rows, const W* panels, long apa
       for (long r = 0; r < rows; r++)
         for (int p = 0; p < P; p++) *(Lanes<T>*)(y + r * y_stride + (j + p) * LANES) = sums[r * P + p];
     }
-  };
-  if (rows <= SUMS / 4) go(std::integral_constant<int, 4>());
-  if (rows <= SUMS / 2) go(std::integral_constant<int, 2>());
-  go(std::integral_constant<int, 1>());
+  });
 }
 
 // One number at a time, or by a library's call, exponentials take a good part of the time of the products beside them: in

@@ -405,8 +405,8 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         "",
         f"Tokens per second at temperature 1: A (target alone) {number(seconds['A'], 0)}, B (draft alone) "
         f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step: draft step "
-        f"c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the rest of "
-        f"a round o = {number(h['o'], 3)}. The target against itself (A/A): {number(h['aa_ratio'], 3)}. Predicted against "
+        f"c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the "
+        f"decision o = {number(h['o'], 3)}. The target against itself (A/A): {number(h['aa_ratio'], 3)}. Predicted against "
         f"measured speed-up: R² = {number(h['prediction_r2'])}.",
         "",
     ]

@@ -276,6 +276,10 @@ def test_compiled_rows_are_the_same_rows(sampling, dtype):
             mine, theirs = next_probs(fast, ids, cache, sampling), sampling.probs(fast(ids, other)[0, :, :n_ids])
             assert cache.length == other.length
             torch.testing.assert_close(mine, theirs)
+        for value in (torch.nan, -torch.inf):  # one logit, of the last part
+            model.head.weight.data[n_ids - 1] = value
+            broken = ready(model, dtype, "compiled")
+            assert next_probs(broken, torch.tensor([[0, 2, 3]]), broken.new_cache(), sampling).isnan().all()
 
 
 @needs_compiler
