@@ -83,8 +83,10 @@ def measure_steps(
         several = rows if name == "target" else ()
         work |= {(name, m): partial(step, model, caches[name], m) for m in (1, *several)}
     for i in range(repeats + 3):
-        bandwidths.append(read())  # in turn with the steps: a machine that is shared has slow moments
         for (name, m), function in work.items():
+            # in turn with the steps, for a machine that is shared has slow moments; and before each, so that no step finds
+            # more in the processor's caches than another
+            bandwidths.append(read())
             caches[name].truncate(length)
             began = clock()
             function()
