@@ -56,20 +56,22 @@ def both(
 
 
 def measure(
-    arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, device="cpu",
+    arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, repeats: int = 1, device="cpu",
     traces: dict[str, list[Trace]] | None = None, between: Callable[[], object] = lambda: None,
 ) -> list[dict]:  # fmt: skip
     """One row per arm and prompt: seconds of wall time (prefill included) and what the trace says.
 
     The arms take turns on each prompt, starting with another one each time; the first ``warmup`` prompts run once
-    more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. A text in which the
+    more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. All prompts are gone
+    through ``repeats`` times, minutes apart, and a row adds up what one arm needed for one prompt. A text in which the
     system says that it gave a processor to another machine is run again, twice at most, whatever arm it is. ``traces``
-    receives what each arm did, prompt by prompt; ``between`` is called after each prompt.
+    receives what each arm did the first time, prompt by prompt; ``between`` is called after each prompt.
     """
-    names, rows = list(arms), []
-    order = [(-1, p) for p in prompts[:warmup]] + list(enumerate(prompts))
-    for i, prompt in tqdm(order, desc="measure", disable=not sys.stderr.isatty(), leave=False):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    names, runs = list(arms), {}
+    order = [(0, -1, p) for p in prompts[:warmup]] + [(r, i, p) for r in range(repeats) for i, p in enumerate(prompts)]
+    for r, i, prompt in tqdm(order, desc="measure", disable=not sys.stderr.isatty(), leave=False):
+        first = (i + r) % len(names)
+        for name in names[first:] + names[:first]:
             for _ in range(3):
                 trace, before = Trace(clock=time.perf_counter), stolen()
                 began = clock()
@@ -78,11 +80,14 @@ def measure(
                 if stolen() == before:
                     break
             if i >= 0:
-                rows.append({"arm": name, "prompt": i, "seconds": seconds} | summary([trace]))
-                if traces is not None:
+                runs.setdefault((name, i), []).append((seconds, trace))
+                if traces is not None and r == 0:
                     traces.setdefault(name, []).append(trace)
         between()
-    return rows
+    return [
+        {"arm": name, "prompt": i, "seconds": sum(s for s, _ in done)} | summary([trace for _, trace in done])
+        for (name, i), done in runs.items()
+    ]
 
 
 def clock() -> float:
@@ -410,7 +415,7 @@ def run(
         for name in alone:
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
         out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
-        again = measure(finals, final, seed=config.seed + 1000, device=device)
+        again = measure(finals, final, seed=config.seed + 1000, repeats=config.repeats, device=device)
         for name in drafters:
             line = out.best[f"{name} {tag}"]
             line |= cell(again, f"C {name} k={line['k']}", "A")

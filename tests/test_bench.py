@@ -44,6 +44,17 @@ def test_every_arm_runs_every_prompt_in_rotated_order():
     assert {(r["arm"], r["prompt"]) for r in table} == {(a, i) for a in "abc" for i in range(3)}
 
 
+def test_prompts_are_gone_through_again_and_a_row_adds_up():
+    order, traces = [], {}
+    arms = {name: (lambda prompt, randomness, trace, name=name: (order.append((name, prompt[0])), trace.tokens.append(7)))
+            for name in "ab"}  # fmt: skip
+    table = bench.measure(arms, [[0], [1]], seed=0, warmup=0, repeats=2, traces=traces)
+    assert [p for _, p in order] == [0, 0, 1, 1, 0, 0, 1, 1]  # not the same prompt twice in a row
+    assert sorted(order) == sorted([(a, p) for a in "ab" for p in (0, 1)] * 2)
+    assert order[0] != order[4]  # another arm begins the second time
+    assert len(table) == 4 and {row["tokens"] for row in table} == {2} and {len(t) for t in traces.values()} == {2}
+
+
 def test_counts_of_a_trace():
     trace = Trace(tokens=[1, 2, 3, 4, 5], target_passes=2)
     trace.rounds = [Round(0, [1, 2, 9], 2, [1, 2, 3]), Round(3, [4, 9, 9], 1, [4, 5])]
