@@ -38,7 +38,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
 
 .PHONY: reproduce
-reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (20 to 40 min)
+reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (35 to 60 min)
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
 endif
@@ -86,11 +86,11 @@ soak: $(VENV)/.done ## the same on random models, laws and settings, SOAK_MINUTE
 	$(BIN)/python tests/soak.py --minutes $(SOAK_MINUTES)
 
 .PHONY: distill
-distill: $(VENV)/.done ## what a draft may learn from: every loss and text compared, into results/ (17 min)
+distill: $(VENV)/.done ## what a draft may learn from: every loss and text compared, into results/ (30 min)
 	$(BIN)/python -m specdec distill --profile $(PROFILE)
 
 .PHONY: peers
-peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (5 min)
+peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (15 min)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]' -c requirements.lock
 	$(BIN)/python -m specdec bench --profile $(PROFILE) --peers --draft distilled --prompts 8
 
