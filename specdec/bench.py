@@ -127,11 +127,11 @@ def summary(traces: list[Trace]) -> dict:
 
 
 def acceptance_by_position(traces: list[Trace], k: int) -> list[float]:
-    """αᵢ, i = 1 … k: how often the i-th draft of a round is accepted, given that all before it were."""
+    """αᵢ, i = 1 … k: how often the i-th draft of a round is accepted, given that all before it were; NaN where none came."""
     rounds = [r for t in traces for r in t.rounds]
     reached = [sum(len(r.drafted) >= i and r.accepted >= i - 1 for r in rounds) for i in range(1, k + 1)]
     passed = [sum(r.accepted >= i for r in rounds) for i in range(1, k + 1)]
-    return [p / max(1, n) for p, n in zip(passed, reached)]
+    return [p / n if n else float("nan") for p, n in zip(passed, reached)]
 
 
 def acceptance_of_wanted(traces: dict[int, list[Trace]]) -> tuple[list[float], list[int]]:

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -63,6 +64,7 @@ def test_counts_of_a_trace():
     assert bench.acceptance_by_position([trace], 3) == [1.0, 0.5, 0.0]
     trace.rounds[1].drafted.pop()  # a round cut short says nothing about the places that it did not reach
     assert bench.acceptance_by_position([trace], 3) == [1.0, 0.5, 0.0]
+    assert np.isnan(bench.acceptance_by_position([trace], 4)[3])  # the fourth was never drafted, which is not a refusal
     assert theory.tokens_per_round([1.0, 0.5, 0.0]) == pytest.approx(counts["tokens"] / counts["rounds"])
 
 
