@@ -38,7 +38,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
 
 .PHONY: reproduce
-reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (35 to 60 min)
+reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (35 min)
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.report
 endif

@@ -311,7 +311,7 @@ def record_benchmark(
 ) -> None:  # fmt: skip
     """``<experiment>.json`` with its raw rows, ``<experiment>_cells`` with one line per drafter, temperature and k, and
     the figure of those. Without ``run`` the experiment does not count as done; one that is not ``finished`` says so."""
-    shown = ("n_prompts", "new_tokens", "ks", "dtype", "passes")
+    shown = ("n_prompts", "new_tokens", "ks", "n_sweep_prompts", "repeats", "dtype", "passes")
     report.record(
         profile.name, experiment,
         params={key: value for key, value in asdict(settings).items() if key in shown} | (run or {}) | ({} if finished else {"unfinished": True}),

@@ -24,7 +24,7 @@ def home(tmp_path, monkeypatch):
 
 def test_the_chain_within_a_budget_of_seconds(home, monkeypatch):
     said = []
-    name = reproduce("ci", minutes=0.1, device="cpu", say=said.append)
+    name = reproduce("ci", minutes=0.5, device="cpu", say=said.append)
     base, _, budget = name.partition("@")
     assert base == "ci" and 1 <= count(budget) <= get_profile("ci").schedules["target"].tokens
     training, distillation, benchmark = (report.load("ci", e) for e in ("training", "distillation", "benchmark"))
@@ -46,7 +46,7 @@ def test_the_chain_within_a_budget_of_seconds(home, monkeypatch):
     monkeypatch.setattr("specdec.bench.run", None)
     monkeypatch.setattr("specdec.reproduce.train", None)
     again = []
-    assert reproduce("ci", minutes=0.1, device="cpu", say=again.append) == name
+    assert reproduce("ci", minutes=0.5, device="cpu", say=again.append) == name
     assert "benchmark: done before" in again
 
 
