@@ -216,7 +216,7 @@ def run_bench(options) -> None:
 
 def run_roofline(options) -> None:
     steps = roofline.survey(get_profile(options.profile))
-    print(f"memory is read at {steps[0]['bandwidth'] / 1e9:.1f} GB/s")
+    print(f"memory is read at {steps[0]['bandwidth'] / 1e9:.1f} GB/s, {steps[0]['bandwidth_most'] / 1e9:.1f} at most")
     print(f"{'model':18s} {'dtype':>9s} {'passes':>9s} {'MB a token':>10s} {'floor ms':>9s} {'step ms':>8s} {'of the floor':>12s} "
           f"{'v(2)':>5s} {'v(5)':>5s} {'v(9)':>5s}")  # fmt: skip
     for s in steps:

@@ -46,7 +46,7 @@ constexpr long LANES = 16, SUMS = 24;  // of 32
 constexpr long LANES = 8, SUMS = 12;  // of 16
 #endif
 constexpr long ROWS = 12, MOST = 32;  // queries of attention at once; rows in all
-constexpr long BLOCK = 64, AHEAD = 4096;  // columns of a block, and bytes: how far ahead weights are asked for
+constexpr long BLOCK = 64;                // columns of a block
 
 // an array of sums is kept in registers only if no loop over it is left
 #define UNROLL _Pragma("GCC unroll 32")
@@ -124,6 +124,9 @@ void together(Work work) {
 // `apart`
 template <typename W, typename T, int R, int P>
 void add(const Factor<W, T>* x, long stride, const W* panels, long apart, long n, Lanes<T>* sums, bool onto) {
+  // bytes, measured: how far ahead weights are asked for. Where little is computed with a line, the processor's own prefetching
+  // does most of it, and requests that are far from where it reads disturb it
+  constexpr long ahead = 1024 << std::clamp(R - 4, 0, 2);
   Lanes<T> sum[R][P] = {};
   if (onto) UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] = sums[r * P + p];
   for (long c = 0; c < n; c += paired<W> ? 2 : 1) {
@@ -131,7 +134,7 @@ void add(const Factor<W, T>* x, long stride, const W* panels, long apart, long n
     UNROLL for (int p = 0; p < P; p++) {
       at[p] = panels + p * apart + c * LANES;
       // each line once, into the second cache: the nearest one has too few places for all that must be under way
-      if (c * LANES * sizeof(W) % 64 == 0) __builtin_prefetch((const char*)at[p] + AHEAD, 0, 2);
+      if (c * LANES * sizeof(W) % 64 == 0) __builtin_prefetch((const char*)at[p] + ahead, 0, 2);
     }
 #ifdef __AVX512BF16__
     if constexpr (paired<W>) {

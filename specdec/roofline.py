@@ -4,7 +4,7 @@ Random weights will do, because speed does not depend on what a model has learne
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -24,7 +24,8 @@ class Step:
     model: str
     dtype: str
     bytes: int  # weights and cached keys and values that one token reads
-    bandwidth: float  # measured, in bytes per second
+    bandwidth: float  # bytes per second, median of a read before each of its steps
+    bandwidth_most: float  # of all reads
     seconds: float  # median of a step, sampling included
     rows: dict[int, float]  # v(m): a pass over m rows ÷ a step
 
@@ -64,9 +65,9 @@ def measure_steps(
     fast: dict[str, Model], *, length: int = 64, rows: tuple[int, ...] = (2, 5, 9), repeats: int = 24,
     bandwidth: float | None = None, sampling: Sampling = Sampling(),
 ) -> list[Step]:  # fmt: skip
-    """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns; of the one named "target"
-    also passes over so many ``rows``, which drafts never make."""
-    out, work, caches, timings, bandwidths = [], {}, {}, {}, []
+    """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns, a read of memory before each; of
+    the one named "target" also passes over so many ``rows``, which drafts never make. ``bandwidth``: instead of reading."""
+    out, work, caches, timings, bandwidths = [], {}, {}, {}, {}
     device = next(iter(fast.values())).device
     read = (lambda: bandwidth) if bandwidth else reader(device)
     randomness = Randomness(0, device)
@@ -84,21 +85,23 @@ def measure_steps(
         work |= {(name, m): partial(step, model, caches[name], m) for m in (1, *several)}
     for i in range(repeats + 3):
         for (name, m), function in work.items():
-            # in turn with the steps, for a machine that is shared has slow moments; and before each, so that no step finds
-            # more in the processor's caches than another
-            bandwidths.append(read())
+            # before each step, for a machine that is shared has slow moments and fast ones, and a step's floor is that of its
+            # moment; and so that no step finds more in the processor's caches than another
+            speed = read()
             caches[name].truncate(length)
             began = clock()
             function()
             seconds = clock() - began
             if i >= 3:
                 timings.setdefault((name, m), []).append(seconds)
+                bandwidths.setdefault((name, m), []).append(speed)
+    most = max(speed for speeds in bandwidths.values() for speed in speeds)
     median = {key: float(np.median(values)) for key, values in timings.items()}
     for name, model in fast.items():
         one, size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
-        read = bytes_per_token(model.config, length, size)
+        dtype, n_bytes = str(model.dtype).removeprefix("torch."), bytes_per_token(model.config, length, size)
         ratios = {m: seconds / one for (of, m), seconds in median.items() if of == name and m > 1}
-        out.append(Step(name, str(model.dtype).removeprefix("torch."), read, max(bandwidths), one, ratios))
+        out.append(Step(name, dtype, n_bytes, float(np.median(bandwidths[name, 1])), most, one, ratios))
     return out
 
 
@@ -127,12 +130,7 @@ def survey(profile: Profile, large: str = "seed", fast: dict[str, Model] | None 
         configs = get_profile(name).models
         models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
         measured.append((name, measure_steps(models)))
-    bandwidth = max(step.bandwidth for _, steps in measured for step in steps)
-    return [
-        {"sizes": name, "passes": passes} | row
-        for name, steps in measured
-        for row in as_rows([replace(step, bandwidth=bandwidth) for step in steps])
-    ]
+    return [{"sizes": name, "passes": passes} | row for name, steps in measured for row in as_rows(steps)]
 
 
 def as_rows(steps: list[Step]) -> list[dict]:

@@ -31,6 +31,16 @@ def test_steps_and_their_floor():
     assert set(times) == {8, 100} and min(times.values()) > 0
 
 
+def test_a_step_s_floor_is_that_of_its_moment(monkeypatch):
+    """Memory that is at times ten times as fast does not make a step ten times as far from its floor."""
+    speeds = iter([1e9, 1e9, 1e10] * 100)
+    monkeypatch.setattr(roofline, "reader", lambda device: lambda: next(speeds))
+    models = {"target": ready(Transformer(get_profile("ci").models["target"]))}
+    (step,) = roofline.measure_steps(models, length=8, rows=(2,), repeats=6)
+    assert step.bandwidth == 1e9 and step.bandwidth_most == 1e10
+    assert step.floor_seconds == step.bytes / 1e9
+
+
 def test_bandwidth_is_that_of_a_machine():
     assert 1e8 < roofline.reader(megabytes=32)() < 1e13
     assert torch.get_num_threads() >= 1
