@@ -297,9 +297,14 @@ Sum sum(const T* x, long n) {
 }
 
 template <typename T>
-T greatest(const T* x, long n) {
+T greatest(const T* x, long n) {  // NaN apart, for which a compiler would not take several at once
   T most = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : most)
+  Lanes<T> v, mosts = most + Lanes<T>{};
+  for (; n >= LANES; n -= LANES, x += LANES) {
+    std::memcpy(&v, x, sizeof v);
+    mosts = mosts < v ? v : mosts;
+  }
+  for (long i = 0; i < LANES; i++) most = std::max(most, mosts[i]);
   for (long i = 0; i < n; i++) most = std::max(most, x[i]);
   return most;
 }
@@ -324,45 +329,49 @@ constexpr long PART = 256;
 long parts(long n) { return (n + PART - 1) / PART; }
 
 // logits (R, n), rows `stride` apart, become probabilities where they are, as sampling.Sampling without filters; a row that
-// is not finite becomes NaN. They are complete after the next meeting, as are the parts (R, parts).
+// is not finite becomes NaN. They are complete after the next meeting, as are the parts (R, parts). Of each row a thread takes
+// about what it has multiplied itself.
 template <typename T>
 void probabilities(Thread t, T* rows, long n_rows, long stride, long n, double temperature, Part<T>* all) {
   const long many = parts(n);
-  auto mine = [&](auto work) {
-    for (long i = t.begin(n_rows * many); i < t.end(n_rows * many); i++) {
-      const long from = i % many * PART;
-      work(rows + i / many * stride + from, std::min(PART, n - from), all[i], all + i / many * many);
-    }
+  auto mine = [&](Part<T>* row, auto work) {
+    for (long j = t.begin(many); j < t.end(many); j++)
+      work(rows + (row - all) / many * stride + j * PART, std::min(PART, n - j * PART), row[j]);
   };
-  mine([](T* x, long size, Part<T>& part, auto) {
-    part.greatest = greatest(x, size);
-    part.finite = sum<T>(x, size);
-  });
+  for (Part<T>* row = all; row < all + n_rows * many; row += many)
+    mine(row, [](T* x, long size, Part<T>& part) {
+      part.greatest = greatest(x, size);
+      part.finite = sum<T>(x, size);
+    });
   t.meet();
-  mine([=](T* x, long size, Part<T>& part, const Part<T>* row) {
-    T finite = 0, most = row->greatest;
-    for (long j = 0; j < many; j++) finite += row[j].finite, most = std::max(most, row[j].greatest);
-    if (!std::isfinite(finite)) {
-      std::fill_n(x, size, std::numeric_limits<T>::quiet_NaN());
-    } else if (temperature == 0) {
-      const auto has = [=](const Part<T>& p) { return p.greatest == most; };
-      const bool first = has(part) && std::none_of(row, (const Part<T>*)&part, has);
-      const long place = first ? std::find(x, x + size, most) - x : 0;
-      std::fill_n(x, size, T(0));
-      x[place] = first;
-    } else {
-      const T by = std::max(T(temperature), std::numeric_limits<T>::min());
-      each(x, size, [=](Lanes<T> v) { return exp((v - most) / by); });
-    }
-    part.total = sum<T>(x, size);
-  });
+  for (Part<T>* row = all; row < all + n_rows * many; row += many) {
+    T finite = 0;
+    for (long j = 0; j < many; j++) finite += row[j].finite;
+    const auto less = [](const Part<T>& a, const Part<T>& b) { return a.greatest < b.greatest; };
+    const Part<T>& first = *std::max_element(row, row + many, less);
+    const T most = first.greatest, by = std::max(T(temperature), std::numeric_limits<T>::min());
+    mine(row, [&](T* x, long size, Part<T>& part) {
+      if (!std::isfinite(finite)) {
+        std::fill_n(x, size, std::numeric_limits<T>::quiet_NaN());
+      } else if (temperature == 0) {
+        T* const place = &part == &first ? std::find(x, x + size, most) : nullptr;
+        std::fill_n(x, size, T(0));
+        if (place) *place = 1;
+      } else {
+        each(x, size, [=](Lanes<T> v) { return exp((v - most) / by); });
+      }
+      part.total = sum<T>(x, size);
+    });
+  }
   t.meet();
-  mine([=](T* x, long size, Part<T>& part, const Part<T>* row) {
+  for (Part<T>* row = all; row < all + n_rows * many; row += many) {
     T total = 0;
     for (long j = 0; j < many; j++) total += row[j].total;
-    for (long i = 0; i < size; i++) x[i] /= total;
-    part.mass = sum<double>(x, size);
-  });
+    mine(row, [=](T* x, long size, Part<T>& part) {
+      for (long i = 0; i < size; i++) x[i] /= total;
+      part.mass = sum<double>(x, size);
+    });
+  }
 }
 
 // One index out of probs (n) for a uniform number, by inversion in float64, as sampling.Randomness; n for a row of NaN.
