@@ -329,8 +329,8 @@ class Benchmark:
     costs: dict[str, Costs] = field(default_factory=dict)  # by drafter and temperature
     by_position: dict[str, list[float]] = field(default_factory=dict)  # αᵢ over all k
     alpha: dict[str, float] = field(default_factory=dict)  # mean Σ min(p, q) at the examined positions
-    best: dict[str, dict] = field(default_factory=dict)  # the best k of each, measured again on all prompts
-    best_k: dict[str, dict] = field(default_factory=dict)  # the k that theory picks ÷ the best one of the sweep
+    best: dict[str, dict] = field(default_factory=dict)  # each at the k that theory says is best, on fresh prompts
+    best_k: dict[str, dict] = field(default_factory=dict)  # what theory picks ÷ the best of the sweep
     aa: dict[str, dict] = field(default_factory=dict)  # the target alone ÷ itself, by temperature
     r2: float = float("nan")  # of predicted against measured speed-up over all speculative cells of the sweep
 
@@ -363,7 +363,8 @@ def run(
     target: Transformer, drafters: dict[str, Drafter], alone: dict[str, Transformer], data: TokenData, config: BenchConfig,
     after: Callable[[Benchmark], object] = lambda result: None,
 ) -> Benchmark:  # fmt: skip
-    """A, B and C with every drafter, temperature and k on held-out prompts; then the best k of each on fresh ones.
+    """A, B and C with every drafter, temperature and k on held-out prompts; then each on fresh ones, at the k that
+    theory picks.
 
     The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from costs measured in
     turns with the prompts of the sweep, and from the acceptance by position of each of its texts. ``after`` each temperature
@@ -409,8 +410,9 @@ def run(
             best = max(table, key=lambda k: table[k]["speedup"])
             picked = max(table, key=lambda k: table[k]["predicted"])
             out.best_k[key] = {"picked": picked, "best": best, "of_best": table[picked]["speedup"] / table[best]["speedup"]}
-            out.best[key] = {"k": best}
-            finals |= {arm: arms[arm] for arm in (f"C {name} k={best}", f"C {name} k={picked}")}
+            # what the parts say, and not the best of several measurements, which is also the luckiest: that is run beside it
+            out.best[key] = {"k": picked}
+            finals |= {arm: arms[arm] for arm in (f"C {name} k={picked}", f"C {name} k={best}")}
             out.cells += list(table.values())
         for name in alone:
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
@@ -421,7 +423,7 @@ def run(
             line |= cell(again, f"C {name} k={line['k']}", "A")
             if name in alone:
                 line["draft_alone"] = cell(again, f"B {name}", "A")
-            choice = out.best_k[f"{name} {tag}"]  # on fresh prompts, since the best of several is also the luckiest
+            choice = out.best_k[f"{name} {tag}"]
             choice["fresh"] = speed_ratio(again, *(f"C {name} k={choice[which]}" for which in ("picked", "best")))
         out.best[f"target {tag}"] = cell(again, "A", "A")
         out.aa[tag] = speed_ratio(again, "A again", "A")

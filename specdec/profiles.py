@@ -59,7 +59,7 @@ class BenchConfig:
     prompt_tokens: int
     new_tokens: int  # per prompt and arm, stop tokens off
     ks: tuple[int, ...]  # drafted tokens per round, swept
-    n_sweep_prompts: int  # prompts of the sweep over k; the best k is then measured on all the others
+    n_sweep_prompts: int  # prompts of the sweep over k; the k picked is then measured on all the others
     repeats: int = 1  # times that each of those is run, in rounds over all of them
     temperatures: tuple[float, ...] = (0.0, 1.0)
     dtype: str = "auto"  # bfloat16 where the machine multiplies it natively, else float32

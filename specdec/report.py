@@ -474,7 +474,7 @@ def _recipes_table(profile: str) -> str:
 
 
 def _losing_cells(profile: str) -> str:
-    """Of the sweeps over k, and of each drafter's best k when it was measured again."""
+    """Of the sweeps over k, and of each drafter at the k picked, when it was measured again."""
     measured = load_rows(profile, f"{_experiment(profile)}_cells") + load_rows(profile, "distillation_cells")
     measured = [c for c in measured if isinstance(c.get("k"), float)]
     if not measured:

@@ -176,3 +176,14 @@ def test_stolen_time_is_read_where_it_is_counted(tmp_path):
     (tmp_path / "new").write_text("cpu  10 20 30 40 50 60 70 88 90 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n")
     (tmp_path / "old").write_text("cpu  10 20 30 40\n")  # as systems did that knew of no other machine
     assert [bench.stolen(tmp_path / name) for name in ("new", "old", "none")] == [88, 0, 0]
+
+
+def test_the_k_of_the_final_figures_is_the_one_that_theory_picks(toy_data, monkeypatch):
+    """Theory says that a long draft costs nothing, whatever was measured."""
+    shape = dict(vocab_size=257, n_ids=257, context=64)
+    models = {"target": make_model(2, 16, 1, **shape), "small": make_model(1, 8, 2, **shape)}
+    config = replace(CONFIG, ks=(1, 2, 5), temperatures=(1.0,), dtype="float64")
+    monkeypatch.setattr(theory, "text_cost", lambda n, alphas, k, draft, verdict: n / k)
+    result = bench.run(*bench.equip(models, config, toy_data), toy_data, config)
+    assert result.best["small T=1"]["arm"] == "C small k=5" and result.best_k["small T=1"]["picked"] == 5
+    assert {r["arm"] for r in result.rows if r["part"] == "final"} >= {"A", "A again", "B small", "C small k=5"}
