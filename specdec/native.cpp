@@ -126,7 +126,7 @@ template <typename W, typename T, int R, int P>
 void add(const Factor<W, T>* x, long stride, const W* panels, long apart, long n, Lanes<T>* sums, bool onto) {
   // bytes, measured: how far ahead weights are asked for. Where little is computed with a line, the processor's own prefetching
   // does most of it, and requests that are far from where it reads disturb it
-  constexpr long ahead = 1024 << std::clamp(R - 4, 0, 2);
+  constexpr long ahead = 1024 << std::min((R - 1) / 2, 2);
   Lanes<T> sum[R][P] = {};
   if (onto) UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] = sums[r * P + p];
   for (long c = 0; c < n; c += paired<W> ? 2 : 1) {
