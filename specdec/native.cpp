@@ -46,7 +46,7 @@ constexpr long LANES = 16, SUMS = 24;  // of 32
 constexpr long LANES = 8, SUMS = 12;  // of 16
 #endif
 constexpr long ROWS = 12, MOST = 32;  // queries of attention at once; rows in all
-constexpr long BLOCK = 64;                // columns of a block
+constexpr long BLOCK = 64;             // columns of a block
 
 // an array of sums is kept in registers only if no loop over it is left
 #define UNROLL _Pragma("GCC unroll 32")
@@ -124,8 +124,7 @@ void together(Work work) {
 // `apart`
 template <typename W, typename T, int R, int P>
 void add(const Factor<W, T>* x, long stride, const W* panels, long apart, long n, Lanes<T>* sums, bool onto) {
-  // bytes, measured: how far ahead weights are asked for. Where little is computed with a line, the processor's own prefetching
-  // does most of it, and requests that are far from where it reads disturb it
+  // bytes: how far ahead weights are asked for. The less is computed with a line, the nearer is quickest, as measured
   constexpr long ahead = 1024 << std::min((R - 1) / 2, 2);
   Lanes<T> sum[R][P] = {};
   if (onto) UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) sum[r][p] = sums[r * P + p];
@@ -297,7 +296,7 @@ Sum sum(const T* x, long n) {
 }
 
 template <typename T>
-T greatest(const T* x, long n) {  // NaN apart, for which a compiler would not take several at once
+T greatest(const T* x, long n) {  // passes over NaN, so a compiler would take them one by one
   T most = -std::numeric_limits<T>::infinity();
   Lanes<T> v, mosts = most + Lanes<T>{};
   for (; n >= LANES; n -= LANES, x += LANES) {
@@ -334,23 +333,24 @@ long parts(long n) { return (n + PART - 1) / PART; }
 template <typename T>
 void probabilities(Thread t, T* rows, long n_rows, long stride, long n, double temperature, Part<T>* all) {
   const long many = parts(n);
-  auto mine = [&](Part<T>* row, auto work) {
+  auto mine = [=](long r, auto work) {
     for (long j = t.begin(many); j < t.end(many); j++)
-      work(rows + (row - all) / many * stride + j * PART, std::min(PART, n - j * PART), row[j]);
+      work(rows + r * stride + j * PART, std::min(PART, n - j * PART), all[r * many + j]);
   };
-  for (Part<T>* row = all; row < all + n_rows * many; row += many)
-    mine(row, [](T* x, long size, Part<T>& part) {
+  for (long r = 0; r < n_rows; r++)
+    mine(r, [](T* x, long size, Part<T>& part) {
       part.greatest = greatest(x, size);
       part.finite = sum<T>(x, size);
     });
   t.meet();
-  for (Part<T>* row = all; row < all + n_rows * many; row += many) {
+  for (long r = 0; r < n_rows; r++) {
+    const Part<T>* row = all + r * many;
     T finite = 0;
     for (long j = 0; j < many; j++) finite += row[j].finite;
     const auto less = [](const Part<T>& a, const Part<T>& b) { return a.greatest < b.greatest; };
     const Part<T>& first = *std::max_element(row, row + many, less);
     const T most = first.greatest, by = std::max(T(temperature), std::numeric_limits<T>::min());
-    mine(row, [&](T* x, long size, Part<T>& part) {
+    mine(r, [&](T* x, long size, Part<T>& part) {
       if (!std::isfinite(finite)) {
         std::fill_n(x, size, std::numeric_limits<T>::quiet_NaN());
       } else if (temperature == 0) {
@@ -364,10 +364,10 @@ void probabilities(Thread t, T* rows, long n_rows, long stride, long n, double t
     });
   }
   t.meet();
-  for (Part<T>* row = all; row < all + n_rows * many; row += many) {
+  for (long r = 0; r < n_rows; r++) {
     T total = 0;
-    for (long j = 0; j < many; j++) total += row[j].total;
-    mine(row, [=](T* x, long size, Part<T>& part) {
+    for (long j = 0; j < many; j++) total += all[r * many + j].total;
+    mine(r, [=](T* x, long size, Part<T>& part) {
       for (long i = 0; i < size; i++) x[i] /= total;
       part.mass = sum<double>(x, size);
     });

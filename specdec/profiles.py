@@ -103,8 +103,7 @@ _CI = Profile(
 
 # Smaller than the seed, with few large heads, which two cores train faster than many small ones, and a vocabulary that they
 # can afford. The target must not fit into the processors' last caches, in bfloat16 either: 74 MB here. One that does is read
-# from there, and there is little left that verifying several rows at once could save: at a width of 512 (48 MB) two cores
-# with a cache of 32 MB each held it, and nine rows took the time of two steps.
+# from there, and there is little left that verifying several rows at once could save.
 # Less than one pass over the text, so there is nothing for dropout to regularise.
 _CPU = Profile(
     name="cpu",

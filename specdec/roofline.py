@@ -63,13 +63,13 @@ def bytes_per_token(model: ModelConfig | Transformer, length: int, itemsize: int
 @torch.inference_mode()
 def measure_steps(
     fast: dict[str, Model], *, length: int = 64, rows: tuple[int, ...] = (2, 5, 9), repeats: int = 24,
-    bandwidth: float | None = None, sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),
 ) -> list[Step]:  # fmt: skip
     """A `Step` of every model, made ready before, after ``length`` tokens, timed in turns, a read of memory before each; of
-    the one named "target" also passes over so many ``rows``, which drafts never make. ``bandwidth``: instead of reading."""
-    out, work, caches, timings, bandwidths = [], {}, {}, {}, {}
+    the one named "target" also passes over so many ``rows``, which drafts never make."""
+    out, work, caches, timings = [], {}, {}, {}
     device = next(iter(fast.values())).device
-    read = (lambda: bandwidth) if bandwidth else reader(device)
+    read = reader(device)
     randomness = Randomness(0, device)
     ids = torch.zeros(1, max((length, *rows)), dtype=torch.long, device=device)
 
@@ -93,15 +93,14 @@ def measure_steps(
             function()
             seconds = clock() - began
             if i >= 3:
-                timings.setdefault((name, m), []).append(seconds)
-                bandwidths.setdefault((name, m), []).append(speed)
-    most = max(speed for speeds in bandwidths.values() for speed in speeds)
-    median = {key: float(np.median(values)) for key, values in timings.items()}
+                timings.setdefault((name, m), []).append((seconds, speed))
+    most = max(speed for values in timings.values() for _, speed in values)
+    median = {key: np.median(values, axis=0).tolist() for key, values in timings.items()}
     for name, model in fast.items():
-        one, size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
+        (one, bandwidth), size = median[name, 1], torch.empty(0, dtype=model.dtype).element_size()
         dtype, n_bytes = str(model.dtype).removeprefix("torch."), bytes_per_token(model.config, length, size)
-        ratios = {m: seconds / one for (of, m), seconds in median.items() if of == name and m > 1}
-        out.append(Step(name, dtype, n_bytes, float(np.median(bandwidths[name, 1])), most, one, ratios))
+        ratios = {m: seconds / one for (of, m), (seconds, _) in median.items() if of == name and m > 1}
+        out.append(Step(name, dtype, n_bytes, bandwidth, most, one, ratios))
     return out
 
 
