@@ -22,7 +22,7 @@ from .engine import Trace, generate, on_host, prefill, speculate
 from .inference import draw_next, next_probs, ready, ready_rule, trimmed
 from .model import Transformer
 from .profiles import BenchConfig
-from .sampling import Randomness, Rule, Sampling, token_wise
+from .sampling import Randomness, Rule, Sampling, block, expected_accepted, token_wise
 
 Arm = Callable[[list[int], Randomness, Trace], object]  # runs one text to its end and fills the trace
 
@@ -160,6 +160,16 @@ def alpha(traces: list[Trace]) -> float:
         n = min(r.accepted + 1, len(r.drafted))
         overlaps += theory.overlap(r.target_probs[:n], r.draft_probs[:n]).tolist()
     return float(np.mean(overlaps))
+
+
+def tokens_as_block(traces: list[Trace], k: int) -> float:
+    """Tokens a round if the block rule judged the first k drafts of these rounds, of traces that kept their probabilities:
+    its expectation given the drafts. Whatever rule wrote the text, the drafts were drawn from the same q."""
+    rounds = [r for t in traces for r in t.rounds]
+    drafted = [torch.tensor(r.drafted[:k], device=r.target_probs.device) for r in rounds]
+    return 1 + float(np.mean([
+        expected_accepted(block, x, r.draft_probs[: len(x)], r.target_probs[: len(x) + 1]) for x, r in zip(drafted, rounds)
+    ]))  # fmt: skip
 
 
 def together(rows: list[dict], arm: str) -> list[dict]:
@@ -330,6 +340,7 @@ class Benchmark:
     by_position: dict[str, list[float]] = field(default_factory=dict)  # αᵢ over all k
     alpha: dict[str, float] = field(default_factory=dict)  # mean Σ min(p, q) at the examined positions
     best: dict[str, dict] = field(default_factory=dict)  # each at the k that theory says is best, on fresh prompts
+    as_block: dict[str, dict] = field(default_factory=dict)  # the same where the block rule decides, above temperature 0
     best_k: dict[str, dict] = field(default_factory=dict)  # what theory picks ÷ the best of the sweep
     aa: dict[str, dict] = field(default_factory=dict)  # the target alone ÷ itself, by temperature
     r2: float = float("nan")  # of predicted against measured speed-up over all speculative cells of the sweep
@@ -396,7 +407,8 @@ def run(
             by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
             rounds = [trace for k in config.ks for trace in by_k[k]]
             out.by_position[key] = acceptance_by_position(rounds, k_max)
-            out.alpha[key] = alpha(kept_probs(target, drafter, sweep, k_max, config, sampling))
+            kept = kept_probs(target, drafter, sweep, k_max, config, sampling)
+            out.alpha[key] = alpha(kept)
             texts = []  # they differ more from each other than their rounds do
             for i in range(len(sweep)):
                 alphas, lengths = acceptance_of_wanted({k: [by_k[k][i]] for k in config.ks})
@@ -413,6 +425,11 @@ def run(
             # what the parts say, and not the best of several measurements, which is also the luckiest: that is run beside it
             out.best[key] = {"k": picked}
             finals |= {arm: arms[arm] for arm in (f"C {name} k={picked}", f"C {name} k={best}")}
+            if temperature > 0:  # else the two rules are the same
+                spent = {k: costs.draft(k) + np.mean([verdict(k + 1) for _, verdict in texts]) for k in config.ks}
+                k = max(config.ks, key=lambda k: tokens_as_block(kept, k) / spent[k])
+                out.as_block[key] = {"k": k, "tokens_per_round_expected": tokens_as_block(kept, k)}
+                finals[f"C {name} block k={k}"] = both(target, drafter, k, config, sampling, block)
             out.cells += list(table.values())
         for name in alone:
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
@@ -423,6 +440,9 @@ def run(
             line |= cell(again, f"C {name} k={line['k']}", "A")
             if name in alone:
                 line["draft_alone"] = cell(again, f"B {name}", "A")
+            if (by := out.as_block.get(f"{name} {tag}")) is not None:
+                by |= cell(again, f"C {name} block k={by['k']}", "A")
+                by["of_token_wise"] = speed_ratio(again, f"C {name} block k={by['k']}", f"C {name} k={line['k']}")
             choice = out.best_k[f"{name} {tag}"]
             choice["fresh"] = speed_ratio(again, *(f"C {name} k={choice[which]}" for which in ("picked", "best")))
         out.best[f"target {tag}"] = cell(again, "A", "A")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .model import KVCache, ModelConfig, Transformer
 from .native import MOST, TYPES, NativeModel, Whole, library, multiplied, sums
-from .sampling import Randomness, Sampling, spread, token_wise
+from .sampling import Randomness, Rule, Sampling, block, spread
 
 
 class CompiledModel(Whole):
@@ -107,19 +107,19 @@ class PanelCache(KVCache):
         self.at = self.k.data_ptr(), self.v.data_ptr()
 
 
-def compiled_token_wise(
-    drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
+def compiled_rule(
+    rule: Rule, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
 ) -> tuple[int | Tensor, Tensor]:
-    """`token_wise` as one call: the same tokens for the same random numbers."""
+    """``rule``, one of `sampling.RULES`, as one call: the same tokens for the same random numbers."""
     k, n_ids = draft_probs.shape
     if not k or draft_probs.dtype != target_probs.dtype:
-        return token_wise(drafted, draft_probs, target_probs, randomness)
+        return rule(drafted, draft_probs, target_probs, randomness)
     q, p = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (draft_probs, target_probs))
     drafted = drafted.contiguous()
     accepted, following = ctypes.c_int64(), drafted.new_empty(1)
     _check(library().decide(
-        TYPES[p.dtype], drafted.data_ptr(), q.data_ptr(), q.stride(0), p.data_ptr(), p.stride(0), randomness.address(k + 1),
-        k, n_ids, ctypes.byref(accepted), following.data_ptr(),
+        TYPES[p.dtype], rule is block, drafted.data_ptr(), q.data_ptr(), q.stride(0), p.data_ptr(), p.stride(0),
+        randomness.address(k + 1), k, n_ids, ctypes.byref(accepted), following.data_ptr(),
     ))  # fmt: skip
     return accepted.value, following
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .model import KVCache, Transformer
 from .native import SIZES, Layer, Whole
-from .sampling import Randomness, Sampling, token_wise
+from .sampling import Randomness, Rule, Sampling, block
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
 CLUSTER, KEYS = 16, 4  # blocks of a cluster; keys of a warp of draft.cu, most
 BLOCKS = 160  # of a launch, most
+DRAFTS = 31  # of a round, most that the kernel decides on
 FIRST = 512  # bytes of shared memory before `rest` in native.cu
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cu", "sampling.cu", "draft.cu")]
 ARGUMENTS = {
@@ -28,7 +29,7 @@ ARGUMENTS = {
         c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_double, c_void_p, c_void_p, c_void_p, c_int, c_int,
     ),
     "probabilities": (c_void_p, c_int64, c_int, c_int, c_double, c_void_p, c_void_p, c_int),
-    "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int),
+    "decide": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_int),
 }
 
 
@@ -144,7 +145,7 @@ class Shared(Call):
 
     def __init__(self, kernels: Kernels, name: str, device: torch.device):
         super().__init__(kernels, name)
-        self.posts, self.epoch = torch.zeros(2 * BLOCKS, dtype=torch.long, device=device), 0
+        self.posts, self.epoch = torch.zeros((DRAFTS + 1) * BLOCKS * 2, dtype=torch.long, device=device), 0
 
     def __call__(self, blocks: int, *arguments) -> None:
         self.epoch += 1
@@ -314,15 +315,15 @@ def cuda_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
-def cuda_token_wise(
-    drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
+def cuda_rule(
+    rule: Rule, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
 ) -> tuple[Tensor, Tensor]:
-    """`token_wise` as one launch: the same tokens for the same random numbers."""
-    if not len(drafted) or not draft_probs.dtype == target_probs.dtype == torch.float32:
-        return token_wise(drafted, draft_probs, target_probs, randomness)
+    """``rule``, one of `sampling.RULES`, as one launch: the same tokens for the same random numbers."""
+    if not 0 < len(drafted) <= DRAFTS or not draft_probs.dtype == target_probs.dtype == torch.float32:
+        return rule(drafted, draft_probs, target_probs, randomness)
     k, n = draft_probs.shape
     rows = [x.contiguous() for x in (drafted, draft_probs, target_probs, randomness.uniforms(k + 1))]
     decision = torch.empty(2, dtype=torch.long, device=drafted.device)
     decide = call("decide", drafted.device)
-    decide(decide.kernels.blocks, *rows, k, n, decision)
+    decide(decide.kernels.blocks, *rows, k, n, rule is block, decision)
     return decision[0], decision[1:]

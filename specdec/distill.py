@@ -27,7 +27,7 @@ from .train import History, Loss, cross_entropy, has_bf16, held_out_starts, load
 _SOURCES = source_key("distill")
 DIVERGENCES = ("forward-kl", "total-variation", "neg-log-alpha")
 # whose text the models are compared on while they are trained: the data's or what one of them writes; with a plus the data's,
-# and in the last phase of the schedule what the target writes as it is going to be used
+# and in the last phase of the schedule, half and half with them, what the target writes as it is going to be used
 TEXTS = ("data", "draft", "target", "data+target")
 
 
@@ -82,7 +82,8 @@ def load_or_distill(
     if texts != "data":
         parts["texts"] = [texts, min(profile.own_text, profile.distillation.tokens)]
         writer = student if texts == "draft" else target
-        own = replace(data, train=_written_once(writer, data, profile, f"{texts}-{role}", texts == "data+target"))
+        text = _written_once(writer, data, profile, f"{texts}-{role}", texts == "data+target")
+        own = replace(data, train=np.concatenate([text, data.train[: len(text)]]) if texts == "data+target" else text)
     rows, stages = [], stages_of(profile.distillation, kind, apart=texts == "data+target")
     for i, (name, schedule) in enumerate(stages):
         parts[f"stage {len(parts)}"] = [name, asdict(schedule)]

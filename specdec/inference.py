@@ -6,17 +6,17 @@ graph, or made the same for every caller.
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from .compiled import CompiledModel, compiled_token_wise
-from .cuda import CudaModel, cuda_token_wise
+from .compiled import CompiledModel, compiled_rule
+from .cuda import CudaModel, cuda_rule
 from .model import KVCache, Transformer
 from .native import MOST, PanelLinear, Whole
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
-from .sampling import Randomness, Rule, Sampling, token_wise
+from .sampling import RULES, Randomness, Rule, Sampling
 from .train import can_compile, has_bf16
 
 PASSES = ("eager", "compiled", "graphs")
@@ -90,11 +90,11 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
 
 @cache
 def ready_rule(rule: Rule, passes: str = "eager", device: str | torch.device = "cpu") -> Rule:
-    """The same ``rule``, for the same tokens of the same random numbers, as quick as ``passes`` says. Only
-    the token-wise rule has a faster form."""
-    if passes != "compiled" or rule is not token_wise or not can_compile(device):
+    """The same ``rule``, for the same tokens of the same random numbers, as quick as ``passes`` says. Only those of
+    `RULES` have a faster form."""
+    if passes != "compiled" or rule not in RULES.values() or not can_compile(device):
         return rule
-    return cuda_token_wise if torch.device(device).type == "cuda" else compiled_token_wise
+    return partial(cuda_rule if torch.device(device).type == "cuda" else compiled_rule, rule)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

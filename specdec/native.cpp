@@ -558,28 +558,53 @@ struct Pass {
   }
 };
 
-// the rule sampling.token_wise; rows q (k, n) and p (k+1, n) lie `q_stride` and `p_stride` apart; numbers (k+1)
+// the rule sampling.token_wise or, `as_block`, sampling.block; rows q (k, n) and p (k+1, n) lie `q_stride` and `p_stride` apart; numbers (k+1)
 template <typename T>
-void decide(const int64_t* drafted, const T* q, long q_stride, const T* p, long p_stride, const double* numbers, long k,
-            long n, int64_t* accepted, int64_t* next) {
+void decide(bool as_block, const int64_t* drafted, const T* q, long q_stride, const T* p, long p_stride, const double* numbers,
+            long k, long n, int64_t* accepted, int64_t* next) {
   auto choose_from = [=](const T* probs) {
     std::vector<double> mass(parts(n));
     for (long j = 0; j < parts(n); j++) mass[j] = sum<double>(probs + j * PART, std::min(PART, n - j * PART));
     return choose(probs, n, [&](long j) { return mass[j]; }, numbers[k]);
   };
+  auto ratio = [=](long i) { return p[i * p_stride + drafted[i]] / q[i * q_stride + drafted[i]]; };
+  auto rest = std::make_unique_for_overwrite<T[]>(n);
+  long of = -1;  // the row whose rest lies there
+  T total = 0;
+  auto leave = [&](long r, T scale) {  // what scale·p has more than q
+    if (of == r) return;
+    const T *of_p = p + r * p_stride, *of_q = q + r * q_stride;
+    for (long i = 0; i < n; i++) {
+      const T v = scale * of_p[i] - of_q[i];
+      rest[i] = v < 0 ? T(0) : v;  // a NaN stays one
+    }
+    total = sum<T>(rest.get(), n), of = r;
+  };
+  std::vector<T> scales(k + 1, 1);
   long i = 0;
-  for (; i < k; i++, p += p_stride, q += q_stride)
-    if (!(numbers[i] < double(p[drafted[i]] / q[drafted[i]]))) break;
-  *accepted = i;
-  if (i < k) {
-    auto rest = std::make_unique_for_overwrite<T[]>(n);
-    for (long i = 0; i < n; i++) rest[i] = p[i] - q[i] < 0 ? T(0) : p[i] - q[i];  // a NaN stays one
-    const T total = sum<T>(rest.get(), n);
-    for (long i = 0; i < n; i++) rest[i] /= total;
-    *next = choose_from(total == 0 ? p : rest.get());
+  if (as_block) {  // the last draft whose coin falls well stays, with all before it
+    for (; i < k; i++) scales[i + 1] = scales[i] * ratio(i) > 1 ? 1 : scales[i] * ratio(i);
+    for (; i > 0; i--) {
+      if (scales[i] == 0) continue;  // and so is its coin
+      T coin = scales[k];
+      if (i < k) {
+        leave(i, scales[i]);
+        const T refused = total + 1 - scales[i];
+        coin = refused > 0 ? total / refused : 1;
+      }
+      if (numbers[i - 1] < double(coin)) break;
+    }
   } else {
-    *next = choose_from(p);
+    while (i < k && numbers[i] < double(ratio(i))) i++;
   }
+  *accepted = i;
+  if (i == k) {
+    *next = choose_from(p + k * p_stride);
+    return;
+  }
+  leave(i, scales[i]);
+  for (long j = 0; j < n; j++) rest[j] /= total;
+  *next = choose_from(total == 0 ? p + i * p_stride : rest.get());
 }
 
 bool known(const int64_t* ids, long n, long n_ids) {
@@ -657,12 +682,12 @@ bool specdec_draw(int type, const Model* model, void* keys, void* values, const 
   return true;
 }
 
-bool specdec_decide(int type, const int64_t* drafted, const void* q, long q_stride, const void* p, long p_stride,
+bool specdec_decide(int type, bool as_block, const int64_t* drafted, const void* q, long q_stride, const void* p, long p_stride,
                     const double* numbers, long k, long n, int64_t* accepted, int64_t* next) {
   if (!known(drafted, k, n)) return false;
   typed(type, [&](auto, auto number) {
     using T = decltype(number);
-    decide(drafted, (const T*)q, q_stride, (const T*)p, p_stride, numbers, k, n, accepted, next);
+    decide(as_block, drafted, (const T*)q, q_stride, (const T*)p, p_stride, numbers, k, n, accepted, next);
   });
   return true;
 }

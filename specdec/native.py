@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL:
         "read": (c_bool, model, at, at, at, n, n, n, at),
         "probabilities": (c_bool, model, at, at, at, n, n, c_double, at),
         "draw": (c_bool, model, at, at, at, n, n, n, c_double, at, c_bool, at, at),
-        "decide": (c_bool, at, at, n, at, n, at, n, n, at, at),
+        "decide": (c_bool, c_bool, at, at, n, at, n, at, n, n, at, at),
     }
     for name, (result, *arguments) in functions.items():
         function = getattr(loaded, f"specdec_{name}")

@@ -40,6 +40,8 @@ _CELL = {"value": None, "ci95": None, "k": None}
 HEADLINE = {  # the figures that the README quotes; null until measured
     "speedup": {"T0": _CELL, "T1": _CELL},
     "speedup_distilled": {"T0": _CELL, "T1": _CELL},
+    "speedup_block": {"T1": _CELL},  # the block rule, which at temperature 0 decides the same
+    "speedup_distilled_block": {"T1": _CELL},
     "tokens_per_second": {"A": None, "B": None, "C": None},
     "alpha": {"T0": None, "T1": None},
     "alpha_distilled": {"T0": None, "T1": None},
@@ -137,7 +139,7 @@ def save_figure(figure, profile: str, name: str) -> Path:
 def update_headline(profile: str, **values) -> Path:
     """Merge ``values`` into ``headline.json``; what is not known yet stays null. ValueError for an unknown key."""
     path = results_dir() / profile / "headline.json"
-    current = json.loads(path.read_text()) if path.exists() else json.loads(json.dumps(HEADLINE))
+    current = HEADLINE | (json.loads(path.read_text()) if path.exists() else {})
     unknown = set(values) - set(HEADLINE)
     if unknown:
         raise ValueError(f"the headline has no {', '.join(sorted(unknown))}; its keys are {', '.join(HEADLINE)}.")
@@ -196,7 +198,7 @@ def readme_block() -> str:
             parts.append("Not measured yet.\n")
             continue
         parts.append(_origin(profile))
-        parts.append(_headline_tables(json.loads(path.read_text()), _data_type(profile)))
+        parts.append(_headline_tables(HEADLINE | json.loads(path.read_text()), _data_type(profile)))
         parts.append(_caveat(profile))
         for name in ("headline", _experiment(profile)):
             if (results_dir() / profile / f"{name}.png").exists():
@@ -327,8 +329,9 @@ def _origin(profile: str) -> str:
                      f"| {v['validation_loss']:.3f} |")  # fmt: skip
     distilled = (_finished(profile, "distillation") or {"params": {}})["params"]
     if distilled.get("texts") == "data+target":
-        lines += ["", f"The distilled draft read {distilled['tokens'] / 1e6:.1f}M tokens more, in its last phase what the target "
-                  f"itself writes at both temperatures ({distilled['own_text'] / 1e6:.1f}M tokens of it); its control as many of the data's."]  # fmt: skip
+        lines += ["", f"A distilled draft read {distilled['tokens'] / 1e6:.1f}M tokens more, in its last phase "
+                  f"({distilled.get('divergence', 'forward-kl')}) also what the target itself writes at both temperatures "
+                  f"({distilled['own_text'] / 1e6:.1f}M tokens of it); the control as many of the data's."]  # fmt: skip
     if _experiment(profile) != "benchmark":
         n, weights = measured["params"]["n_prompts"], measured["params"].get("weights")
         lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {n} "
@@ -343,8 +346,10 @@ def _elsewhere_table(profile: str) -> str:
         result = _finished(profile, name)
         if result is None or name == _experiment(profile):
             continue
-        best = result["values"]["best"]
-        cells = [best.get(f"{draft} T={t}") for draft in ("small", "small distilled") for t in (0, 1)]
+        best, by_block = result["values"]["best"], result["values"].get("as_block", {})
+        cells = [
+            table.get(f"{draft} T={t}") for draft in ("small", "small distilled") for table, t in ((best, 0), (best, 1), (by_block, 1))
+        ]
         shown = ["—" if c is None else f"{c['speedup']:.2f}× [{c['ci95_low']:.2f}, {c['ci95_high']:.2f}]" for c in cells]
         n_sweep = len({row["prompt"] for row in load_rows(profile, name) if row.get("part") == "sweep"})
         lines.append(f"| {how} | {result['provenance']['machine']} | {result['params']['n_prompts']} × {result['params']['new_tokens']}, {n_sweep} "
@@ -352,8 +357,8 @@ def _elsewhere_table(profile: str) -> str:
     if not lines:
         return ""
     head = ["The same models otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
-            "| passes | machine | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | distilled, 0 | 1 |",
-            "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+            "| passes | machine | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | 1, as a block | distilled, 0 | 1 "
+            "| 1, as a block |", "|---" * 10 + "|"]  # fmt: skip
     return "\n".join([*head, *lines, ""])
 
 
@@ -396,8 +401,10 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         "| | temperature 0 | temperature 1 |",
         "|---|---|---|",
         f"| speed-up C ÷ A, small draft as trained | {speed(h['speedup']['T0'])} | {speed(h['speedup']['T1'])} |",
+        f"| the same, drafts judged as a block | the same rule | {speed(h['speedup_block']['T1'])} |",
         f"| speed-up C ÷ A, small draft distilled | {speed(h['speedup_distilled']['T0'])} "
         f"| {speed(h['speedup_distilled']['T1'])} |",
+        f"| the same, drafts judged as a block | the same rule | {speed(h['speedup_distilled_block']['T1'])} |",
         f"| α at the examined positions of generated text, as trained | {pair('alpha')} |",
         f"| the same, distilled | {pair('alpha_distilled')} |",
         f"| the same, control: equal extra steps of cross-entropy | {pair('alpha_control')} |",
@@ -483,6 +490,9 @@ def _losing_cells(profile: str) -> str:
         if "k" in line:
             draft, temperature = key.split(" T=")
             measured.append(line | {"draft": f"{draft}, once more on fresh prompts", "temperature": float(temperature)})
+    for key, line in load(profile, _experiment(profile))["values"].get("as_block", {}).items():
+        draft, temperature = key.split(" T=")
+        measured.append(line | {"draft": f"{draft}, judged as a block", "temperature": float(temperature)})
     losing = [c for c in measured if c["speedup"] < 1]
     lines = [f"Cells in which speculation loses: {len(losing)} of {len(measured)}.", ""]
     if losing:

@@ -96,7 +96,8 @@ def reproduce(
         if experiment == "benchmark":
             update_headline(profile, result)
         for key, best in result.best.items():
-            say(f"{experiment} {key}: {best['tokens_per_second']:.0f} tokens/s, {best['speedup']:.2f}× the target alone")
+            say(f"{experiment} {key}: {best['tokens_per_second']:.0f} tokens/s, {best['speedup']:.2f}× the target alone"
+                + (f", {result.as_block[key]['speedup']:.2f}× by the block rule" if key in result.as_block else ""))  # fmt: skip
     say(f"done after {(time.monotonic() - began) / 60:.1f} minutes; PROFILE={public} names it")
     return name
 
@@ -204,7 +205,7 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
         }
         line |= {"validation_loss": histories[name].validation_loss, "seconds": histories[name].seconds}
     schedule = profile.distillation
-    params = {"iterations": schedule.iterations, "tokens": schedule.tokens, "texts": profile.texts}
+    params = {"iterations": schedule.iterations, "tokens": schedule.tokens, "texts": profile.texts, "divergence": profile.divergence}
     if profile.texts != "data":
         params["own_text"] = min(profile.own_text, schedule.tokens)
     rows = [{"model": name} | row for name in values for row in histories[name].rows]
@@ -316,7 +317,7 @@ def record_benchmark(
         profile.name, experiment,
         params={key: value for key, value in asdict(settings).items() if key in shown} | (run or {}) | ({} if finished else {"unfinished": True}),
         values={
-            "best": result.best, "best_k": result.best_k, "aa": result.aa, "alpha": result.alpha,
+            "best": result.best, "as_block": result.as_block, "best_k": result.best_k, "aa": result.aa, "alpha": result.alpha,
             "acceptance_by_position": result.by_position, "prediction_r2": result.r2,
             "costs": {key: asdict(costs) for key, costs in result.costs.items()},
         },
@@ -351,8 +352,8 @@ def speedups(cells: list[dict]) -> Figure:
 def update_headline(profile: Profile, result: bench.Benchmark, draft: str = "small") -> None:
     """What the README quotes: ``draft`` as trained and, where they were measured, distilled and its control."""
 
-    def speeds(name):
-        lines = {f"T{t:g}": result.best[f"{name} T={t:g}"] for t in profile.bench.temperatures}
+    def speeds(name, table):
+        lines = {f"T{t:g}": table[f"{name} T={t:g}"] for t in profile.bench.temperatures if f"{name} T={t:g}" in table}
         return {t: {"value": b["speedup"], "ci95": [b["ci95_low"], b["ci95_high"]], "k": b["k"]} for t, b in lines.items()}
 
     def by_temperature(table, name):
@@ -360,7 +361,8 @@ def update_headline(profile: Profile, result: bench.Benchmark, draft: str = "sma
 
     best, costs = by_temperature(result.best, draft), result.costs[f"{draft} T=1"]
     values = {
-        "speedup": speeds(draft),
+        "speedup": speeds(draft, result.best),
+        "speedup_block": speeds(draft, result.as_block),
         "tokens_per_second": {
             "A": result.best["target T=1"]["tokens_per_second"],
             "B": best["T1"]["draft_alone"]["tokens_per_second"],
@@ -373,7 +375,8 @@ def update_headline(profile: Profile, result: bench.Benchmark, draft: str = "sma
         "aa_ratio": result.aa["T=1"]["value"],
     }  # fmt: skip
     if f"{draft} distilled T=1" in result.alpha:
-        values["speedup_distilled"] = speeds(f"{draft} distilled")
+        values["speedup_distilled"] = speeds(f"{draft} distilled", result.best)
+        values["speedup_distilled_block"] = speeds(f"{draft} distilled", result.as_block)
         values["alpha_distilled"] = by_temperature(result.alpha, f"{draft} distilled")
         values["alpha_control"] = by_temperature(result.alpha, f"{draft} control")
     report.update_headline(profile.name, **values)

@@ -229,35 +229,66 @@ specdec_probabilities(const float* logits, int64 stride, int n, int rows, double
   for (int i = threadIdx.x; i < slice.n; i += THREADS) probs[i] = now.probability(softmax, slice.from + i, own[i], n);
 }
 
-// the rule sampling.token_wise; numbers (k+1). All blocks find how many drafts stay, and each has its slice of what p
-// has more than q, and of p in case that is nothing. The epoch is another at each launch.
+// the rule sampling.token_wise or, `as_block`, sampling.block; numbers (k+1). Of every row that may be the one after the last
+// draft that stays, each block tells of its slice what scale·p has more than q, and what p has in case that is nothing; the
+// first block decides. posts (k+1, blocks, 2); the epoch is another at each launch.
 __global__ void __launch_bounds__(THREADS, 1)
-specdec_decide(const int64* drafted, const float* q, const float* p, const double* numbers, int k, int n, int64* decision,
-               int64* posts, int epoch) {
+specdec_decide(const int64* drafted, const float* q, const float* p, const double* numbers, int k, int n, int as_block,
+               int64* decision, int64* posts, int epoch) {
   constexpr int S = 12;
+  float* const scales = (float*)rest();  // (k+1), all 1 for the token-wise rule
+  float* const coins = scales + k + 1;  // (k)
   int accepted = k;
-  for (int i = k - 1 - (int)threadIdx.x; i >= 0; i -= THREADS)
-    if (!(numbers[i] < (double)(p[(int64)i * n + drafted[i]] / q[(int64)i * n + drafted[i]]))) accepted = i;
-  accepted = first(accepted);
-  p += (int64)accepted * n, q += (int64)accepted * n;
-  const bool all_stay = accepted == k;
-  auto left = [=](int i) { const float v = all_stay ? 0 : __ldg(p + i) - __ldg(q + i); return v < 0 ? 0.f : v; };  // a NaN stays one
+  for (int i = k - 1 - (int)threadIdx.x; i >= 0; i -= THREADS) {
+    coins[i] = p[(int64)i * n + drafted[i]] / q[(int64)i * n + drafted[i]];
+    if (!as_block && !(numbers[i] < (double)coins[i])) accepted = i;
+  }
+  if (as_block) __syncthreads();
+  else accepted = first(accepted);
+  if (threadIdx.x == 0) {
+    scales[0] = 1;
+    for (int i = 0; i < k; i++) scales[i + 1] = !as_block || scales[i] * coins[i] > 1 ? 1 : scales[i] * coins[i];
+  }
+  __syncthreads();
+  auto left = [=](int r, int i) {
+    const float v = r == k ? 0 : scales[r] * __ldg(p + (int64)r * n + i) - __ldg(q + (int64)r * n + i);
+    return v < 0 ? 0.f : v;  // a NaN stays one
+  };
   const Slice slice(n, blockIdx.x, gridDim.x);
-  float of_left = 0, of_p = 0;
-  for (int i = threadIdx.x; i < slice.n; i += THREADS) of_left += left(slice.from + i), of_p += __ldg(p + slice.from + i);
-  of_left = sum(of_left), of_p = sum(of_p);
-  if (warp() != 0) return;
-  if (lane() == 0) tell(posts + 2 * blockIdx.x, of_left, epoch), tell(posts + 2 * blockIdx.x + 1, of_p, epoch);
+  auto post_of = [=](int r) { return posts + 2 * r * gridDim.x; };
+  AS_IT_IS for (int r = warp(); r <= k; r += WARPS) if (as_block || r == accepted) {
+    float of_left = 0, of_p = 0;
+    for (int i = slice.from + lane(); i < slice.from + slice.n; i += 32) of_left += left(r, i), of_p += __ldg(p + (int64)r * n + i);
+    of_left = of_warp(of_left, Plus()), of_p = of_warp(of_p, Plus());
+    if (lane() == 0) tell(post_of(r) + 2 * blockIdx.x, of_left, epoch), tell(post_of(r) + 2 * blockIdx.x + 1, of_p, epoch);
+  }
   if (blockIdx.x != 0) return;
-  const Heard heard(posts, gridDim.x, epoch);
+  if (as_block) {  // the last draft whose coin falls well stays, with all before it
+    AS_IT_IS for (int r = 1 + warp(); r < k; r += WARPS) {
+      const Heard heard(post_of(r), gridDim.x, epoch);
+      float uncovered = 0;
+      UNROLL for (int b = 0; b < Heard::B; b++) uncovered += heard.one[b];
+      uncovered = of_warp(uncovered, Plus());
+      const float refused = uncovered + 1 - scales[r];
+      if (lane() == 0) coins[r - 1] = refused > 0 ? uncovered / refused : 1;
+    }
+    if (threadIdx.x == 0 && k) coins[k - 1] = scales[k];
+    __syncthreads();
+    accepted = 0;
+    for (int i = threadIdx.x; i < k; i += THREADS) if (numbers[i] < (double)coins[i]) accepted = i + 1;
+    accepted = together(accepted, Greater());
+  }
+  if (warp() != 0) return;
+  const Heard heard(post_of(accepted), gridDim.x, epoch);
   bool covered = true;  // nothing is left of p
   UNROLL for (int b = 0; b < Heard::B; b++) if (b < heard.n) covered = covered && heard.one[b] == 0;
   covered = !__any_sync(ALL, !covered);
   double sums;
   float parts[Heard::B];
   UNROLL for (int b = 0; b < Heard::B; b++) parts[b] = covered ? heard.other[b] : heard.one[b];
-  const int following = search<S>(parts, heard, gridDim.x, n, numbers[k], sums, [=](int from, int n, float (&weights)[S]) {
-    UNROLL for (int b = 0; b < S; b++) weights[b] = b < n ? (covered ? __ldg(p + from + b) : left(from + b)) : 0;
+  const int following = search<S>(parts, heard, gridDim.x, n, numbers[k], sums, [=](int from, int n_some, float (&weights)[S]) {
+    UNROLL for (int b = 0; b < S; b++)
+      weights[b] = b < n_some ? (covered ? __ldg(p + (int64)accepted * n + from + b) : left(accepted, from + b)) : 0;
   });
   if (lane() == 0) decision[0] = accepted, decision[1] = following;
 }

@@ -11,9 +11,9 @@ import torch
 from conftest import make_model, needs_compiler
 
 from specdec import cuda
-from specdec.cuda import MOST, CudaModel, cuda_probs, cuda_token_wise
+from specdec.cuda import DRAFTS, MOST, CudaModel, cuda_probs, cuda_rule
 from specdec.inference import trimmed
-from specdec.sampling import Numbers, Randomness, Sampling, token_wise
+from specdec.sampling import RULES, Numbers, Randomness, Sampling
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SOURCE = "\n".join(f'#include "{path}"' for path in cuda.SOURCES) + f"""
@@ -239,11 +239,12 @@ def test_cuda_sampling_is_the_same_sampling(sampling, shared, device, monkeypatc
 
 @torch.inference_mode()
 @pytest.mark.parametrize("n, shared", [(5, 224 << 10), (300, 224 << 10), (300, 1024)])
-def test_a_cuda_rule_decides_the_same(n, shared, device, monkeypatch):
+@pytest.mark.parametrize("rule", RULES)
+def test_a_cuda_rule_decides_the_same(rule, n, shared, device, monkeypatch):
     """Refusals at every position, full acceptance, a draft equal to the target, one-hot rows, a row of NaN."""
     monkeypatch.setattr(f"{__name__}.MOST_SHARED", shared)
-    generator, seen = torch.Generator().manual_seed(1), set()
-    for k in (0, 1, 2, 3, 4, 6, 7, 8, 5, 5, 5):
+    rule, generator, seen = RULES[rule], torch.Generator().manual_seed(1), set()
+    for k in (0, 1, 2, 3, 4, 6, 7, 8, 5, 5, 5, DRAFTS, DRAFTS + 1):
         p, q = (torch.randn(m, n, generator=generator).softmax(-1) for m in (k + 1, k))
         one = torch.nn.functional.one_hot(torch.randint(0, n, (k + 1,), generator=generator), n).float()
         drafted = torch.randint(0, n, (k,), generator=generator)
@@ -253,9 +254,9 @@ def test_a_cuda_rule_decides_the_same(n, shared, device, monkeypatch):
             drafts = rows[0].argmax(-1) if rows[0] is not q else drafted
             for seed in range(4):
                 numbers = Randomness(seed).uniforms(k + 1)
-                theirs = [int(x) for x in token_wise(drafts, *rows, Numbers(numbers))]
+                theirs = [int(x) for x in rule(drafts, *rows, Numbers(numbers))]
                 given = [x.to(device) for x in (drafts, *rows)]
-                mine = cuda_token_wise(*given, Numbers(numbers.to(device)))
+                mine = cuda_rule(rule, *given, Numbers(numbers.to(device)))
                 assert [int(x) for x in mine] == theirs and mine[1].shape == (1,)
                 seen.add((k, theirs[0]))
     assert len({accepted for k, accepted in seen if k == 5}) > 3
@@ -267,8 +268,10 @@ def test_what_has_no_probability_is_never_chosen(number, device):
     p[:, [70, 71, 200, 201]] = 0.25
     q = torch.nn.functional.one_hot(torch.tensor([70]), 300).float().to(device)
     numbers = torch.tensor([0.9, number], dtype=torch.float64, device=device)  # the draft is refused
-    theirs, mine = (rule(torch.tensor([70], device=device), q, p, Numbers(numbers)) for rule in (token_wise, cuda_token_wise))
-    assert [x.tolist() for x in mine] == [x.tolist() for x in theirs] and int(mine[1]) in (71, 200, 201)
+    given = torch.tensor([70], device=device), q, p
+    for rule in RULES.values():
+        theirs, mine = rule(*given, Numbers(numbers)), cuda_rule(rule, *given, Numbers(numbers))
+        assert [x.tolist() for x in mine] == [x.tolist() for x in theirs] and int(mine[1]) in (71, 200, 201)
 
 
 def test_models_that_cuda_passes_do_not_know(device):

@@ -281,14 +281,16 @@ def test_whose_text_is_read(profile):
 
 
 def test_the_last_phase_reads_texts_as_they_will_be_asked_for(profile, monkeypatch):
-    """After the data's, at every temperature of the benchmark, of its length, and not more of them than wanted."""
+    """After the data's and then beside them, at every temperature of the benchmark, of its length, not more than wanted."""
     bench = replace(profile.bench, prompt_tokens=3, new_tokens=5, temperatures=(0.0, 1.0))
     two = replace(profile, distillation=replace(SCHEDULE, phases=SCHEDULE.phases * 2), bench=bench, own_text=64)
     read, real = [], distill.trained
     monkeypatch.setattr(distill, "trained", lambda *a: read.append((a[4].train, a[5].iterations)) or real(*a))
     load_or_distill(two, "forward-kl", texts="data+target")
     (first, n), (last, m) = read
-    assert n == m == SCHEDULE.iterations and first is not last and len(last) == 64
+    assert n == m == SCHEDULE.iterations and first is not last and len(last) == 128
+    assert last[64:].tolist() == toy_data().train[:64].tolist()
+    last = last[:64]
     target = ready(load_or_train(two, "target")[0])  # as it writes
     greedy = last[:32].reshape(4, 8).tolist()
     assert all(text[3:-1] == list(generate(target, text[:3], max_new_tokens=4, sampling=Sampling(0))) for text in greedy)

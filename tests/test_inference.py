@@ -284,28 +284,34 @@ def test_compiled_rows_are_the_same_rows(sampling, dtype):
 
 @needs_compiler
 @torch.inference_mode()
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_compiled_rule_decides_the_same(dtype):
+def test_a_compiled_rule_decides_the_same(dtype, rule):
     """Refusals at every position, full acceptance, a draft equal to the target, one-hot rows, a row of NaN."""
-    fast, generator = ready_rule(token_wise, "compiled"), torch.Generator().manual_seed(1)
+    rule, generator = RULES[rule], torch.Generator().manual_seed(1)
+    fast = ready_rule(rule, "compiled")
+    assert fast is not rule
     seen = set()
     for k in (0, 1, 2, 8, *[5] * 12):
         p, q = (torch.randn(n, 5, dtype=dtype, generator=generator).softmax(-1) for n in (k + 1, k))
         one = torch.nn.functional.one_hot(torch.randint(0, 5, (k + 1,), generator=generator), 5).to(dtype)
         drafted = torch.randint(0, 5, (k,), generator=generator)
-        for rows in ((q, p), (p[:k], p), (one[:k], p), (q, p.index_fill(0, torch.tensor([k // 2]), torch.nan))):
+        for rows in ((q, p), (p[:k], p), (one[:k], p), (q, one), (q, p.index_fill(0, torch.tensor([k // 2]), torch.nan))):
             drafts = rows[0].argmax(-1) if rows[0] is not q else drafted
             for seed in range(20):
-                mine, plain = (rule(drafts, *rows, Randomness(seed)) for rule in (fast, token_wise))
+                mine, plain = (decide(drafts, *rows, Randomness(seed)) for decide in (fast, rule))
                 assert [int(x) for x in mine] == [int(x) for x in plain]
                 seen.add((k, int(mine[0])))
     assert {(5, n) for n in range(6)} <= seen
     mixed = torch.tensor([0]), q[:1].float(), p[:2].double()  # of two types
     for seed in range(20):
-        assert [int(x) for x in fast(*mixed, Randomness(seed))] == [int(x) for x in token_wise(*mixed, Randomness(seed))]
+        assert [int(x) for x in fast(*mixed, Randomness(seed))] == [int(x) for x in rule(*mixed, Randomness(seed))]
     with pytest.raises(IndexError):
         fast(torch.tensor([5]), q[:1], p[:2], Randomness(0))
-    assert ready_rule(RULES["block"], "compiled") is RULES["block"]
+
+    def another(*_): ...
+
+    assert ready_rule(another, "compiled") is another and ready_rule(rule) is rule
 
 
 @needs_compiler
