@@ -82,7 +82,8 @@ def load_or_distill(
     if texts != "data":
         parts["texts"] = [texts, min(profile.own_text, profile.distillation.tokens)]
         writer = student if texts == "draft" else target
-        text = _written_once(writer, data, profile, f"{texts}-{role}", texts == "data+target")
+        whose = f"draft-{role}" if texts == "draft" else texts  # the target writes once for all drafts
+        text = _written_once(writer, data, profile, whose, texts == "data+target")
         own = replace(data, train=np.concatenate([text, data.train[: len(text)]]) if texts == "data+target" else text)
     rows, stages = [], stages_of(profile.distillation, kind, apart=texts == "data+target")
     for i, (name, schedule) in enumerate(stages):

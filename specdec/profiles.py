@@ -160,13 +160,13 @@ _SEED = Profile(
         ),
     },
     distillation=Schedule(
-        (Phase(84_000, 1_000, 3e-4, 0.1, 16, 16, 500), Phase(24_000, 300, 2e-4, 0.1, 16, 16, 500)),
+        (Phase(64_000, 1_000, 3e-4, 0.1, 16, 16, 500), Phase(24_000, 300, 2e-4, 0.1, 16, 16, 500)),
         block_size=1024, vocabulary_rate=2.0, evaluation_batches=16, compile=True,
     ),
     divergence="neg-log-alpha", texts="data+target",
     bench=BenchConfig(
         n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4,
-        passes="compiled", draft_ids=16384,
+        passes="compiled", draft_ids=32768,
     ),
 )  # fmt: skip
 

@@ -256,7 +256,8 @@ def stages(config: BenchConfig, device: str | torch.device) -> dict[str, tuple[B
         for passes in reversed(PASSES):  # the slowest last
             if passes != config.passes:
                 out[f"benchmark_{passes}"] = replace(config, passes=passes, new_tokens=64, **few), device, pair
-        two_cores = replace(config, passes="compiled", n_sweep_prompts=2, n_prompts=8)
+        # there a draft costs what it reads, which is nearly all output layer
+        two_cores = replace(config, passes="compiled", n_sweep_prompts=2, n_prompts=8, draft_ids=8192)
         out["benchmark_two_cores"] = two_cores, "cpu", ("small", "small distilled", "small control")
     return out
 
@@ -312,7 +313,7 @@ def record_benchmark(
 ) -> None:  # fmt: skip
     """``<experiment>.json`` with its raw rows, ``<experiment>_cells`` with one line per drafter, temperature and k, and
     the figure of those. Without ``run`` the experiment does not count as done; one that is not ``finished`` says so."""
-    shown = ("n_prompts", "new_tokens", "ks", "n_sweep_prompts", "repeats", "dtype", "passes")
+    shown = ("n_prompts", "new_tokens", "ks", "n_sweep_prompts", "repeats", "dtype", "passes", "draft_ids")
     report.record(
         profile.name, experiment,
         params={key: value for key, value in asdict(settings).items() if key in shown} | (run or {}) | ({} if finished else {"unfinished": True}),
