@@ -352,11 +352,13 @@ def _elsewhere_table(profile: str) -> str:
         ]
         shown = ["—" if c is None else f"{c['speedup']:.2f}× [{c['ci95_low']:.2f}, {c['ci95_high']:.2f}]" for c in cells]
         n_sweep = len({row["prompt"] for row in load_rows(profile, name) if row.get("part") == "sweep"})
+        of = result["params"].get("drafts")
+        how += f", draft of `{of}`" if of else ""
         lines.append(f"| {how} | {result['provenance']['machine']} | {result['params']['n_prompts']} × {result['params']['new_tokens']}, {n_sweep} "
                      f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(shown)} |")  # fmt: skip
     if not lines:
         return ""
-    head = ["The same models otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
+    head = ["The same target otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
             "| passes | machine | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | 1, as a block | distilled, 0 | 1 "
             "| 1, as a block |", "|---" * 10 + "|"]  # fmt: skip
     return "\n".join([*head, *lines, ""])
