@@ -125,6 +125,8 @@ _CPU = Profile(
     distillation=Schedule(
         (Phase(200, 40, 2e-3, 0.1, 1, 4, 50), Phase(200, 10, 1e-3, 0.1, 1, 4, 50)), block_size=256, compile=True
     ),
+    texts="data+target",
+    own_text=102_400,  # half of what the last phase reads
     bench=BenchConfig(
         n_prompts=32, prompt_tokens=32, new_tokens=128, ks=(1, 2, 3, 4, 5, 8, 11), n_sweep_prompts=12, repeats=2,
         passes="compiled",
