@@ -207,13 +207,14 @@ def test_compiled_steps_draw_the_same_tokens(sampling):
 
 @needs_compiler
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_a_compiled_model_that_is_broken_is_named(sampling, value):
+def test_a_compiled_model_that_is_broken_is_named(sampling, rule, value):
     target = make_model(**SHAPE)
     fast = ready(target, torch.float64, "compiled")
     target.head.weight.data[0, 0] = value
     broken = ready(target, torch.float64, "compiled")
-    options = {"rule": ready_rule(token_wise, "compiled"), "sampling": sampling, "max_new_tokens": 5}
+    options = {"rule": ready_rule(RULES[rule], "compiled"), "sampling": sampling, "max_new_tokens": 5}
     with pytest.raises(ValueError, match="the target produced a logit that is not finite"):
         list(generate(broken, [1], max_new_tokens=2, sampling=sampling))
     with pytest.raises(ValueError, match="the target produced a logit that is not finite"):
@@ -224,15 +225,16 @@ def test_a_compiled_model_that_is_broken_is_named(sampling, value):
 
 
 @needs_compiler
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_compiled_text_is_the_same_text(sampling):
+def test_compiled_text_is_the_same_text(sampling, rule):
     target, draft = (make_model(seed=seed, **SHAPE) for seed in (1, 2))
     fast, drafts = (ready(model, torch.float64, "compiled") for model in (target, draft))
-    options = {"rule": ready_rule(token_wise, "compiled"), "sampling": sampling}
-    plain = texts(target, DraftModel(draft), sampling=sampling)
+    options = {"rule": ready_rule(RULES[rule], "compiled"), "sampling": sampling}
+    plain = texts(target, DraftModel(draft), rule=RULES[rule], sampling=sampling)
     for drafter in (DraftModel(drafts), AdaptiveDraftModel(drafts, least=0), ChainedDraftModel(drafts)):
         assert texts(fast, drafter, **options) == plain
-    assert texts(fast, PromptLookup(5), **options) == texts(target, PromptLookup(5), sampling=sampling)
+    assert texts(fast, PromptLookup(5), **options) == texts(target, PromptLookup(5), rule=RULES[rule], sampling=sampling)
     own, plain = (
         list(generate(model, [1], max_new_tokens=12, sampling=s, randomness=Randomness(3)))
         for model, s in ((fast, options["sampling"]), (target, sampling))

@@ -84,11 +84,13 @@ def reject_texts(proof, name, text, p):
 
 
 SOME_RULES = ["token-wise", pytest.param("block", marks=pytest.mark.thorough)]
-COMPILED = "token-wise, compiled"
-ALL = RULES | {COMPILED: ready_rule(token_wise, "compiled")}
+COMPILED = {f"{name}, compiled": ready_rule(rule, "compiled") for name, rule in RULES.items()}
+ALL = RULES | COMPILED
 
 
-@pytest.mark.parametrize("rule", [*SOME_RULES, pytest.param(COMPILED, marks=[needs_compiler, pytest.mark.thorough])])
+@pytest.mark.parametrize("rule", [
+    *SOME_RULES, *(pytest.param(name, marks=[needs_compiler, pytest.mark.thorough]) for name in COMPILED),
+])  # fmt: skip
 def test_texts_at_full_size(proof, rule):
     p, q = rows()
     check_texts(proof, f"{V:,} ids, {rule}", emitted(ALL[rule], p, q, N, seed=1), p)
