@@ -204,6 +204,11 @@ def run_bench(options) -> None:
             line += f" {cell['predicted']:9.2f} {cell['accepted_per_examined']:18.2f}"
         print(line)
     print("* slower than the target alone")
+    for key, best in (item for item in result.best.items() if "k" in item[1]):
+        line = f"{key} on fresh prompts: {best['speedup']:.2f}× (k = {best['k']})"
+        if key in result.as_block:
+            line += f", judged as a block {result.as_block[key]['speedup']:.2f}× (k = {result.as_block[key]['k']})"
+        print(line)
     for key, costs in result.costs.items():
         print(f"{key}: c = {costs.c:.3f}, v = " + ", ".join(f"{m}: {v:.2f}" for m, v in costs.v.items()) + f", o = {costs.o:.3f}")
     for name, ratio in result.aa.items():
