@@ -33,6 +33,7 @@ DISTILLED = {"small distilled": ("small", None), "small control": ("small", "cro
 RECIPES = (  # what a draft may learn from: a divergence, and whose text
     ("cross-entropy", "data"), ("forward-kl", "data"), ("total-variation", "data"), ("neg-log-alpha", "data"),
     ("forward-kl", "draft"), ("neg-log-alpha", "draft"), ("neg-log-alpha", "target"), ("forward-kl", "data+target"),
+    ("neg-log-alpha", "data+target"),
 )  # fmt: skip
 TRAINING_SHARE = 0.75  # of the minutes that are left once the text is ready; the rest is compiling and measuring
 
