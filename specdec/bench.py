@@ -427,8 +427,9 @@ def run(
             finals |= {arm: arms[arm] for arm in (f"C {name} k={picked}", f"C {name} k={best}")}
             if temperature > 0:  # else the two rules are the same
                 spent = {k: costs.draft(k) + np.mean([verdict(k + 1) for _, verdict in texts]) for k in config.ks}
-                k = max(config.ks, key=lambda k: tokens_as_block(kept, k) / spent[k])
-                out.as_block[key] = {"k": k, "tokens_per_round_expected": tokens_as_block(kept, k)}
+                expected = {k: tokens_as_block(kept, k) for k in config.ks}
+                k = max(config.ks, key=lambda k: expected[k] / spent[k])
+                out.as_block[key] = {"k": k, "tokens_per_round_expected": expected[k]}
                 finals[f"C {name} block k={k}"] = both(target, drafter, k, config, sampling, block)
             out.cells += list(table.values())
         for name in alone:

@@ -558,7 +558,8 @@ struct Pass {
   }
 };
 
-// the rule sampling.token_wise or, `as_block`, sampling.block; rows q (k, n) and p (k+1, n) lie `q_stride` and `p_stride` apart; numbers (k+1)
+// the rule sampling.token_wise or, `as_block`, sampling.block; rows q (k, n) and p (k+1, n) lie `q_stride` and `p_stride`
+// apart; numbers (k+1)
 template <typename T>
 void decide(bool as_block, const int64_t* drafted, const T* q, long q_stride, const T* p, long p_stride, const double* numbers,
             long k, long n, int64_t* accepted, int64_t* next) {
@@ -583,7 +584,7 @@ void decide(bool as_block, const int64_t* drafted, const T* q, long q_stride, co
   std::vector<T> scales(k + 1, 1);
   long i = 0;
   if (as_block) {  // the last draft whose coin falls well stays, with all before it
-    for (; i < k; i++) scales[i + 1] = scales[i] * ratio(i) > 1 ? 1 : scales[i] * ratio(i);
+    for (; i < k; i++) scales[i + 1] = std::min(scales[i] * ratio(i), T(1));  // a NaN stays one
     for (; i > 0; i--) {
       if (scales[i] == 0) continue;  // and so is its coin
       T coin = scales[k];

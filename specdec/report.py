@@ -353,7 +353,7 @@ def _elsewhere_table(profile: str) -> str:
         shown = ["—" if c is None else f"{c['speedup']:.2f}× [{c['ci95_low']:.2f}, {c['ci95_high']:.2f}]" for c in cells]
         n_sweep = len({row["prompt"] for row in load_rows(profile, name) if row.get("part") == "sweep"})
         of = result["params"].get("drafts")
-        how += f", draft of `{of}`" if of else ""
+        how += f", distilled as in `{of}.json`" if of else ""
         lines.append(f"| {how} | {result['provenance']['machine']} | {result['params']['n_prompts']} × {result['params']['new_tokens']}, {n_sweep} "
                      f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(shown)} |")  # fmt: skip
     if not lines:
@@ -403,10 +403,10 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         "| | temperature 0 | temperature 1 |",
         "|---|---|---|",
         f"| speed-up C ÷ A, small draft as trained | {speed(h['speedup']['T0'])} | {speed(h['speedup']['T1'])} |",
-        f"| the same, drafts judged as a block | the same rule | {speed(h['speedup_block']['T1'])} |",
+        f"| the same, drafts judged as a block | as above: both rules agree | {speed(h['speedup_block']['T1'])} |",
         f"| speed-up C ÷ A, small draft distilled | {speed(h['speedup_distilled']['T0'])} "
         f"| {speed(h['speedup_distilled']['T1'])} |",
-        f"| the same, drafts judged as a block | the same rule | {speed(h['speedup_distilled_block']['T1'])} |",
+        f"| the same, drafts judged as a block | as above: both rules agree | {speed(h['speedup_distilled_block']['T1'])} |",
         f"| α at the examined positions of generated text, as trained | {pair('alpha')} |",
         f"| the same, distilled | {pair('alpha_distilled')} |",
         f"| the same, control: equal extra steps of cross-entropy | {pair('alpha_control')} |",

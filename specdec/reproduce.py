@@ -206,7 +206,8 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
         }
         line |= {"validation_loss": histories[name].validation_loss, "seconds": histories[name].seconds}
     schedule = profile.distillation
-    params = {"iterations": schedule.iterations, "tokens": schedule.tokens, "texts": profile.texts, "divergence": profile.divergence}
+    params = {"iterations": schedule.iterations, "tokens": schedule.tokens, "texts": profile.texts,
+              "divergence": profile.divergence}  # fmt: skip
     if profile.texts != "data":
         params["own_text"] = min(profile.own_text, schedule.tokens)
     rows = [{"model": name} | row for name in values for row in histories[name].rows]
@@ -258,7 +259,8 @@ def stages(config: BenchConfig, device: str | torch.device) -> dict[str, tuple[B
             if passes != config.passes:
                 out[f"benchmark_{passes}"] = replace(config, passes=passes, new_tokens=64, **few), device, pair
         # there a draft costs what it reads, which is nearly all output layer
-        two_cores = replace(config, passes="compiled", n_sweep_prompts=2, n_prompts=8, draft_ids=8192)
+        fewer_ids = config.draft_ids and config.draft_ids // 4
+        two_cores = replace(config, passes="compiled", n_sweep_prompts=2, n_prompts=8, draft_ids=fewer_ids)
         out["benchmark_two_cores"] = two_cores, "cpu", ("small", "small distilled", "small control")
     return out
 

@@ -136,7 +136,8 @@ def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
     report.record("seed", "roofline", params={"data": data}, values={"steps": steps})
     cell = {"speedup": 1.5, "ci95_low": 1.4, "ci95_high": 1.6, "tokens_per_second": 70}
     two_cores = {"target T=1": cell, "small T=0": cell, "small distilled T=1": cell}
-    report.record("seed", "benchmark_two_cores", params={"n_prompts": 9, "new_tokens": 5}, values={"best": two_cores, "as_block": {"small distilled T=1": cell}}, rows=[
+    params, values = {"n_prompts": 9, "new_tokens": 5}, {"best": two_cores, "as_block": {"small distilled T=1": cell}}
+    report.record("seed", "benchmark_two_cores", params=params | {"drafts": "distillation_old"}, values=values, rows=[
         {"prompt": prompt, "part": part} for prompt, part in ((0, "sweep"), (1, "sweep"), (1, "sweep"), (2, "final"))
     ])  # fmt: skip
     text = report.readme_block()
@@ -150,4 +151,5 @@ def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
     report.record("seed", "distillation", params=params, values={})
     text = report.readme_block()
     assert "two CPU cores** with" not in text and "read 6.0M tokens more" in text and "(1.0M tokens of it)" in text
+    assert "| two CPU cores, distilled as in `distillation_old.json` |" in text
     assert "| 9 × 5, 2 | 70 | 1.50× [1.40, 1.60] | — | — | — | 1.50× [1.40, 1.60] | 1.50× [1.40, 1.60] |" in text

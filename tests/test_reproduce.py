@@ -9,8 +9,8 @@ import pytest
 from specdec import report
 from specdec.__main__ import main
 from specdec.data import tokens_for
-from specdec.profiles import count, get_profile, scaled
-from specdec.reproduce import label, reproduce, training_flops
+from specdec.profiles import PROFILES, count, get_profile, scaled
+from specdec.reproduce import label, reproduce, stages, training_flops
 from specdec.train import load_or_train
 
 
@@ -20,6 +20,16 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path / "results"))
     monkeypatch.delenv("SPECDEC_PROFILE", raising=False)
     return tmp_path
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
+def test_what_is_measured_where_there_is_a_gpu(profile):
+    """All ways that passes can run, and two cores, whose drafts offer fewer ids where they do not offer all."""
+    planned = stages(profile.bench, "cuda")
+    assert {settings.passes for settings, device, _ in planned.values() if device == "cuda"} == {"eager", "compiled", "graphs"}
+    settings, device, _ = planned["benchmark_two_cores"]
+    ids = profile.bench.draft_ids
+    assert device == "cpu" and (settings.draft_ids is None if ids is None else 0 < settings.draft_ids < ids)
 
 
 def test_the_chain_within_a_budget_of_seconds(home, monkeypatch):
