@@ -74,6 +74,11 @@ __device__ int warp() { return threadIdx.x / 32; }
 __device__ int smaller(int a, int b) { return a < b ? a : b; }
 
 #ifdef __CUDA_ARCH__
+__device__ float power_of_2(float x) {  // one instruction; what exp2f does besides is for results below 2⁻¹²⁶
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // what other threads read after they have acquired the sum was written before
 __device__ void release(unsigned* at, unsigned more) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(more) : "memory");
@@ -105,11 +110,12 @@ __device__ unsigned rounded(float a, float b) {
   return both;
 }
 __device__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-// 8 bytes in one piece, in no order with others; peek at two such pieces
+// 8 bytes in one piece, in no order with others
 __device__ void put(int64* at, int64 value) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory"); }
-__device__ int64 peek(const int64* at) {
+__device__ int64 peek(const int64* at, bool wanted, int64 otherwise) {
   int64 value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.u64 %0, %3; @p ld.relaxed.gpu.global.u64 %0, [%1]; }"
+               : "=&l"(value) : "l"(at), "r"((int)wanted), "l"(otherwise) : "memory");
   return value;
 }
 #endif
@@ -371,7 +377,7 @@ __device__ float3 combined(const float* at, int n, int apart, int D, int d) {
   float highest = LOWEST, y = 0, total = 0;
   for (int i = 0; i < n; i++) highest = fmaxf(highest, at[i * apart + D]);
   for (int i = 0; i < n; i++) {
-    const float weight = exp2f(at[i * apart + D] - highest);
+    const float weight = power_of_2(at[i * apart + D] - highest);
     y = __fmaf_rn(weight, at[i * apart + d], y), total = __fmaf_rn(weight, at[i * apart + D + 1], total);
   }
   return {y, highest, total};
@@ -405,7 +411,7 @@ __device__ void attend(int layer, int rows) {
       float top = seen ? score : LOWEST;
       UNROLL for (int offset = 16; offset >= 32 / B; offset /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, offset));
       top = fmaxf(top, highest);
-      const float p = seen ? exp2f(score - top) : 0, before = exp2f(highest - top);
+      const float p = seen ? power_of_2(score - top) : 0, before = power_of_2(highest - top);
       float more = p;
       UNROLL for (int offset = 16; offset >= 32 / B; offset /= 2) more += __shfl_xor_sync(ALL, more, offset);
       total = __fmaf_rn(total, before, more), highest = top;
