@@ -53,7 +53,7 @@ extern __shared__ float4 memory[];
 __shared__ Model m;
 __shared__ struct {
   float *keys, *values, *logits;
-  int start;  // tokens in the cache before those of this pass
+  int start, sharing;  // tokens in the cache before those of this pass; heads that share keys
   unsigned share;  // 2³² ÷ half of a head: to multiply by it takes less time than to divide
 } now;
 
@@ -395,11 +395,14 @@ __device__ void tiles(int kind, int layer, int rows, int width, const bfloat16* 
 template <int T>
 __device__ void attend(int layer, int rows) {
   constexpr int B = 8 / T;  // keys under way
-  const int H = m.n_heads, K = m.n_kv_heads, D = m.head_size, mine = lane() / (32 / B);
+  const int H = m.n_heads, D = m.head_size, mine = lane() / (32 / B);
   float* const of_warps = (float*)rest();  // (WARPS, D+2)
+  const float *const keys = now.keys, *const values = now.values;
   AS_IT_IS for (int i = blockIdx.x; i < rows * H; i += gridDim.x) {
-    const int r = i / H, n = now.start + r + 1;  // keys that the row sees
-    const int head = (layer * K + (i - r * H) / (H / K)) * (int)m.capacity * D;
+    int n = now.start + 1, head = layer * (int)m.n_kv_heads, of_row = i;  // keys that the row sees; divided without dividing
+    AS_IT_IS for (; of_row >= H; of_row -= H) n++;
+    AS_IT_IS for (; of_row >= now.sharing; of_row -= now.sharing) head++;
+    head *= (int)m.capacity * D;
     auto at = [=](const float* x, int t) { return __ldcg((const float2*)(x + smaller(2 * lane() + 64 * t, D - 2))); };
     auto has = [=](int t) { return 2 * lane() + 64 * t < D; };
     float2 q[T], y[T] = {};
@@ -409,7 +412,7 @@ __device__ void attend(int layer, int rows) {
       float2 k[B][T], v[B][T];
       UNROLL for (int b = 0; b < B; b++) UNROLL for (int t = 0; t < T; t++) {
         const int row = head + smaller(key + b, n - 1) * D;
-        k[b][t] = at(now.keys + row, t), v[b][t] = at(now.values + row, t);
+        k[b][t] = at(keys + row, t), v[b][t] = at(values + row, t);
       }
       float scores[B] = {};
       UNROLL for (int t = 0; t < T; t++) UNROLL for (int b = 0; b < B; b++) if (has(t))

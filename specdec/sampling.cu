@@ -177,7 +177,7 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
     __syncthreads();
     if (threadIdx.x == 0) {
       const int64 half = m.head_size / 2;
-      now = {keys, values, n ? m.logits : logits, start, (unsigned)(0xffffffff / half + 1)};
+      now = {keys, values, n ? m.logits : logits, start, int(m.n_heads / m.n_kv_heads), (unsigned)(0xffffffff / half + 1)};
       if (i == 0) phase() = acquire(m.meeting) >> 31;  // it cannot change before this block is there
     }
     __syncthreads();
@@ -186,7 +186,7 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
     meet([] {});
     const Slice slice(m.n_choices, blockIdx.x, gridDim.x);
     float* own = (float*)rest();
-    for (int j = threadIdx.x; j < slice.n; j += THREADS) own[j] = __ldcg(m.logits + slice.from + j);
+    AS_IT_IS for (int j = threadIdx.x; j < slice.n; j += THREADS) own[j] = __ldcg(m.logits + slice.from + j);
     __syncthreads();
     float* const row = probs + (int64)i * m.n_choices;
     const int token = draw<12>(own, slice, temperature, numbers[i], epoch + i, [=](int choice, float p) { row[choice] = p; });
