@@ -198,7 +198,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, i
         float2 y = {0, 0};
         float highest = LOWEST, total = 0;
         int from = part + n_parts * group;
-        AS_IT_IS for (bool first = true; first || from <= position; first = false, from += KEYS * apart) {
+        AS_IT_IS for (bool waits = true; waits || from <= position; waits = false, from += KEYS * apart) {
           float2 k[KEYS], v[KEYS];
           UNROLL for (int b = 0; b < KEYS; b++) {
             const int key = from + b * apart;
@@ -206,7 +206,7 @@ specdec_draft(const __grid_constant__ Model model, float* keys, float* values, i
             if (has && part < n_parts && key < position)
               k[b] = __ldcg((const float2*)(keys + cache + key * D)), v[b] = __ldcg((const float2*)(values + cache + key * D));
           }
-          if (first) pass(QUERY, 4 * Q);
+          if (waits) pass(QUERY, 4 * Q);
           const float2 q = has ? *(const float2*)(qkv + (kv * G + shared_head) * D + d) : float2{0, 0};
           float scores[KEYS];
           UNROLL for (int b = 0; b < KEYS; b++) {

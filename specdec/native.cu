@@ -5,6 +5,8 @@
 // In a product a warp multiplies a few rows of weights, each loaded once, with all rows of numbers, which every block has
 // copied into its shared memory. Weights in bfloat16 meet them on tensor cores, each number as a sum of three of bfloat16,
 // so that none is rounded; up to 16 rows then cost what one does. What the next phases need is asked for while blocks wait.
+// Instructions that are not in the multiprocessor's cache take longer to come than to be done, so that the code of a layer
+// has to be small: one for all products, and what is unrolled is what must be under way together.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 //
 //     R rows · C width · D head size · H heads · K of keys and values · S tokens in the cache

@@ -167,7 +167,7 @@ _SEED = Profile(
     ),
     divergence="neg-log-alpha", texts="data+target",
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8), n_sweep_prompts=4,
+        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8, 12), n_sweep_prompts=4,
         passes="compiled", draft_ids=32768,
     ),
 )  # fmt: skip
