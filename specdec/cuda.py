@@ -18,7 +18,7 @@ from .sampling import Randomness, Rule, Sampling, block
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
-CLUSTER = 16  # blocks of a cluster
+CLUSTER, KEYS = 16, 4  # blocks of a cluster; keys of a warp of draft.cu, most
 BLOCKS = 160  # of a launch, most
 DRAFTS = 31  # of a round, most that the kernel decides on
 FIRST = 512  # bytes of shared memory before `rest` in native.cu
@@ -57,7 +57,7 @@ def compiled(device: torch.device, shared: int) -> bytes:
     nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"specdec.cu", 0, None, None)
     # the last: what multiplies and adds in one instruction says so itself, so that it does in any company
     options = (
-        f"-DTHREADS={THREADS} -DSHARED={shared} -DBLOCKS={BLOCKS} --gpu-architecture=sm_{major}{minor} -std=c++17 "
+        f"-DTHREADS={THREADS} -DSHARED={shared} -DKEYS={KEYS} -DBLOCKS={BLOCKS} --gpu-architecture=sm_{major}{minor} -std=c++17 "
         "--fmad=false"
     ).split()
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*(o.encode() for o in options)))
@@ -74,7 +74,7 @@ def compiled(device: torch.device, shared: int) -> bytes:
 class Kernels:
     """The kernels, loaded on ``device``."""
 
-    threads, cluster = THREADS, CLUSTER
+    threads, cluster, keys = THREADS, CLUSTER, KEYS
 
     def __init__(self, device: torch.device):
         with torch.cuda.device(device):
@@ -230,12 +230,12 @@ class CudaModel(Whole):
         C, D, H, K = c.width, c.head_size, c.n_heads, c.n_kv_heads
         Q, F, L, parts = (H + 2 * K) * D, 4 * C, c.n_layers, n // K
         in_order = self.offered is None or bool((self.offered.diff() > 0).all())
-        if not in_order or not self.kernels.clusters or D > 64 or H // K > 4 or Q // 2 % n or C % max(2 * n, 32):
+        if not in_order or not self.kernels.clusters or D > 64 or H // K > 4 or any(x % n for x in (Q // 2, C, F // 4)):
             return False
         weights = L * (Q * C + C * C + 2 * F * C) // n * 2
         numbers = (2 * L + 1) * C + C + Q + C + F + (H * parts + warps * (H // K)) * (D + 2)
-        numbers += 2 * -(-self.n_choices // (n * self.kernels.clusters)) + 41 + 4 * Q // 2 // n + D + 2 * C
-        return FIRST + weights + 4 * numbers <= self.kernels.most
+        numbers += 2 * -(-self.n_choices // (n * self.kernels.clusters)) + 6 + 4 * Q // 2 // n + D + 2 * C
+        return c.context <= parts * warps * self.kernels.keys and FIRST + weights + 4 * numbers <= self.kernels.most
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config, 1, None, torch.float32, self.device)

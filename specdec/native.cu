@@ -5,8 +5,6 @@
 // In a product a warp multiplies a few rows of weights, each loaded once, with all rows of numbers, which every block has
 // copied into its shared memory. Weights in bfloat16 meet them on tensor cores, each number as a sum of three of bfloat16,
 // so that none is rounded; up to 16 rows then cost what one does. What the next phases need is asked for while blocks wait.
-// Instructions that are not in the multiprocessor's cache take longer to come than to be done, so that the code of a layer
-// has to be small: one for all products, and what is unrolled is what must be under way together.
 // A row's numbers are added up in the same order whatever rows stand beside it: its bits do not depend on its company.
 //
 //     R rows · C width · D head size · H heads · K of keys and values · S tokens in the cache
@@ -55,7 +53,7 @@ extern __shared__ float4 memory[];
 __shared__ Model m;
 __shared__ struct {
   float *keys, *values, *logits;
-  int start, sharing;  // tokens in the cache before those of this pass; heads that share keys
+  int start;  // tokens in the cache before those of this pass
   unsigned share;  // 2³² ÷ half of a head: to multiply by it takes less time than to divide
 } now;
 
@@ -76,11 +74,6 @@ __device__ int warp() { return threadIdx.x / 32; }
 __device__ int smaller(int a, int b) { return a < b ? a : b; }
 
 #ifdef __CUDA_ARCH__
-__device__ float power_of_2(float x) {  // one instruction; what exp2f does besides is for results below 2⁻¹²⁶
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // what other threads read after they have acquired the sum was written before
 __device__ void release(unsigned* at, unsigned more) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(more) : "memory");
@@ -112,21 +105,20 @@ __device__ unsigned rounded(float a, float b) {
   return both;
 }
 __device__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-// 8 bytes in one piece, in no order with others
+// 8 bytes in one piece, in no order with others; peek at two such pieces
 __device__ void put(int64* at, int64 value) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory"); }
-__device__ int64 peek(const int64* at, bool wanted, int64 otherwise) {
+__device__ int64 peek(const int64* at) {
   int64 value;
-  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.u64 %0, %3; @p ld.relaxed.gpu.global.u64 %0, [%1]; }"
-               : "=&l"(value) : "l"(at), "r"((int)wanted), "l"(otherwise) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
   return value;
 }
 #endif
 
 // n weights that will soon be needed: all threads ask memory for them
-__device__ void ahead(const bfloat16* weights, int n) {
-  const int lines = n / 64;
-  AS_IT_IS for (int i = blockIdx.x * THREADS + threadIdx.x; i < lines; i += gridDim.x * THREADS)
-    prefetch(weights + (int64)i * 64);
+__device__ void ahead(const bfloat16* weights, int64 n) {
+  const int64 lines = n * sizeof(bfloat16) / 128;
+  AS_IT_IS for (int64 i = blockIdx.x * THREADS + threadIdx.x; i < lines; i += gridDim.x * THREADS)
+    prefetch((const char*)weights + i * 128);
 }
 
 // All blocks wait for each other, and meanwhile do `work`. The highest bit of the count changes when all are there, which
@@ -158,9 +150,9 @@ struct Plus {
 };
 
 // one result of all lanes of a warp, or of all threads of a block, combined in a fixed order
-template <int LANES = 32, typename T, typename Combine>  // of each so many lanes
+template <typename T, typename Combine>
 __device__ T of_warp(T value, Combine combine) {
-  UNROLL for (int offset = LANES / 2; offset; offset /= 2) value = combine(value, __shfl_xor_sync(ALL, value, offset));
+  for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(ALL, value, offset));
   return value;
 }
 template <typename T, typename Combine>
@@ -219,23 +211,20 @@ __device__ float4& place(int width, int r, int c) { return rest()[r * (width / 4
 __device__ void stage(const float* x, int rows, int width) {
   constexpr int B = 4;
   const int fours = width / 4, n = rows * fours;
-  int r = 0, c = threadIdx.x;  // where the next one belongs, which would be slow to divide for
   AS_IT_IS for (int begin = threadIdx.x; begin < n; begin += B * THREADS) {
     float4 v[B];
     UNROLL for (int b = 0; b < B; b++)
       v[b] = __ldcg((const float4*)x + smaller(begin + b * THREADS, n - 1));
-    UNROLL for (int b = 0; b < B; b++, c += THREADS) {
-      AS_IT_IS while (c >= fours) c -= fours, r++;
-      if (begin + b * THREADS < n) place(width, r, c) = v[b];
-    }
+    UNROLL for (int b = 0; b < B; b++)
+      if (const int i = begin + b * THREADS; i < n) place(width, i / fours, i % fours) = v[b];
   }
   __syncthreads();
 }
 
-// a row of the embedding
-__device__ const bfloat16* embedded(const int64* id) {
-  const int64 known = __ldcg(id);
-  return m.embedding + (known < 0 ? 0 : known < m.n_ids ? known : m.n_ids - 1) * m.width;
+// four numbers of the embedding
+__device__ float4 embedded(const int64* id, int c) {
+  const int64 known = __ldcg(id), row = known < 0 ? 0 : known < m.n_ids ? known : m.n_ids - 1;
+  return four(m.embedding + row * m.width + 4 * c);
 }
 
 // rows of the embedding, or if there are no ids of x, normalised into shared memory, each by a warp; every block does so
@@ -244,13 +233,12 @@ __device__ void norm(const int64* ids, const float* x, int rows, const float* we
   constexpr int B = 6;
   const int width = m.width, n = width / 4;
   AS_IT_IS for (int r = warp(); r < rows; r += WARPS) {
-    const bfloat16* const of_id = ids ? embedded(ids + r) : nullptr;
     float squares = 0;
     AS_IT_IS for (int begin = lane(); begin < n; begin += B * 32) {
       float4 v[B], w[B];
       auto at = [=](int b) { return smaller(begin + b * 32, n - 1); };
       UNROLL for (int b = 0; b < B; b++) w[b] = __ldcg((const float4*)weight + at(b));
-      if (of_id) UNROLL for (int b = 0; b < B; b++) v[b] = four(of_id + 4 * at(b));
+      if (ids) UNROLL for (int b = 0; b < B; b++) v[b] = embedded(ids + r, at(b));
       else UNROLL for (int b = 0; b < B; b++) v[b] = __ldcg((const float4*)(x + r * width) + at(b));
       UNROLL for (int b = 0; b < B; b++)
         if (const int c = begin + b * 32; c < n) {
@@ -259,7 +247,7 @@ __device__ void norm(const int64* ids, const float* x, int rows, const float* we
         }
     }
     const float scale = rsqrtf(__fdividef(of_warp(squares, Plus()), width) + (float)m.norm_eps);
-    AS_IT_IS for (int c = lane(); c < n; c += 32) {
+    for (int c = lane(); c < n; c += 32) {
       float4& v = place(width, r, c);
       v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
     }
@@ -289,7 +277,7 @@ __device__ void deliver(int kind, int layer, int r, int n, int head, int c, floa
     const bool turned = head < H + K;
     const float cos = turned ? with.x : 1, sin = turned ? with.y : 0, a = sums.x * cos - sums.y * sin,
                 b = sums.y * cos + sums.x * sin, factor = head < H ? LOG2E * rsqrtf(D) : 1;
-    const int row = (layer * K + (turned ? head - H : head - H - K)) * (int)m.capacity + now.start + r;
+    const int64 row = ((int64)layer * K + (turned ? head - H : head - H - K)) * m.capacity + now.start + r;
     float* to = (head < H ? m.queries + (r * H + head) * D : (turned ? now.keys : now.values) + row * D) + c;
     to[0] = a * factor, to[D / 2] = b * factor;
   } else if (kind == UP) {
@@ -309,82 +297,66 @@ __device__ void split(float a, float b, unsigned (&parts)[3]) {
   }
 }
 
-// The rows in shared memory · (n, width) weights, in tiles of 8 rows of weights, three a block at once, of queries and so on
-// both numbers of 4 pairs; or only one, where there are few. Each warp has some columns of them, in pieces of 32; of the
-// output layer, which has tiles enough for all warps, all columns. Six pieces are under way, and turn by turn the first.
+// The rows in shared memory · (n, width) weights, in tiles of 8 rows of weights, T a block at once, of queries and so on
+// both numbers of 4 pairs. Each warp has some columns of them, B pieces of 32 under way; of the output layer, which has
+// tiles enough for all warps, all columns.
+template <int T, int B>
 __device__ void tiles(int kind, int layer, int rows, int width, const bfloat16* weights, int n) {
-  constexpr int B = 6;
   float2* const parts = (float2*)&place(width, rows, 0);  // (WARPS, T, rows, 4)
   const int n_tiles = (n + 7) / 8, pieces = (width + 31) / 32, half_head = m.head_size / 2, g = lane() / 4, t = lane() % 4;
-  const bool whole = kind == HEAD, single = kind == OUT || kind == DOWN;
-  const int T = single ? 1 : 3, share = whole ? pieces : (pieces + WARPS - 1) / WARPS, begin = whole ? 0 : warp() * share,
+  const bool whole = kind == HEAD;
+  const int share = whole ? pieces : (pieces + WARPS - 1) / WARPS, begin = whole ? 0 : warp() * share,
             end = smaller(pieces, begin + share), workers = whole ? gridDim.x * WARPS : gridDim.x;
   AS_IT_IS for (int tile = whole ? blockIdx.x * WARPS + warp() : blockIdx.x; tile < n_tiles; tile += workers * T) {
     // what a thread will deliver: two columns of a row of the j-th tile
-    struct Item { int r, head, c; bool wanted; };
+    struct Item { int j, r, head, c; bool wanted; };
     auto item_of = [=](int i) -> Item {
-      const int j = (i >= 4 * rows) + (i >= 8 * rows), pair = 4 * (tile + j * workers) + i % 4;
+      const int j = i >= 4 * T * rows ? T : (i >= 4 * rows) + (i >= 8 * rows), pair = 4 * (tile + j * workers) + i % 4;
       const int head = kind == QKV ? half_heads(pair) : 0;
-      return {i / 4 - j * rows, head, kind == QKV ? pair - head * half_head : 2 * pair, !whole && i < 4 * T * rows && 2 * pair < n};
+      return {j, i / 4 - j * rows, head, kind == QKV ? pair - head * half_head : 2 * pair, !whole && j < T && 2 * pair < n};
     };
     Item item = item_of(threadIdx.x);
+    float sums[T][4] = {};
     float2 with = {0, 0};
     if (item.wanted) with = fetch(kind, item.r, n, item.c);
-    const uint4* at[3];
-    UNROLL for (int i = 0; i < 3; i++) {
+    const uint4* at[T];
+    UNROLL for (int i = 0; i < T; i++) {
       int row = 8 * (tile + i * workers) + g;
       if (kind == QKV) row = row / 2 + (half_heads(row / 2) + g % 2) * half_head;
       at[i] = (const uint4*)(weights + (int64)smaller(row, n - 1) * width) + t;
     }
-    float sums[3][4] = {};
-    auto turn = [&] {
-      UNROLL for (int v = 0; v < 4; v++) {
-        const float first = sums[0][v];
-        sums[0][v] = sums[1][v], sums[1][v] = sums[2][v], sums[2][v] = first;
-      }
-    };
-    AS_IT_IS for (int some = begin; some < end; some += single ? B : B / 3) {
-      uint4 raw[B];
-      UNROLL for (int b = 0; b < B; b++) {
-        const int piece = some + (single ? b : b / 3);
-        const bool there = single || tile + b % 3 * workers < n_tiles;
-        raw[b] = stream((single ? at[0] : at[b % 3]) + 4 * piece, piece < end && 32 * piece + 8 * t < width && there);
-      }
-      unsigned a[2][4][3];  // of two rows four pairs of numbers
-      AS_IT_IS for (int b = 0, i = 0, piece = some; b < B && piece < end; b++) {
-        if (i == 0) UNROLL for (int half = 0; half < 2; half++) {
-          const bool is = g + 8 * half < rows && 32 * piece + 8 * t < width;
-          const float4* from = &place(width, is ? g + 8 * half : 0, is ? 8 * piece + 2 * t : 0);
+    AS_IT_IS for (int some = begin; some < end; some += B) {
+      uint4 raw[B][T];
+      UNROLL for (int b = 0; b < B; b++) UNROLL for (int i = 0; i < T; i++)
+        raw[b][i] = stream(at[i] + 4 * (some + b), some + b < end && 32 * (some + b) + 8 * t < width && tile + i * workers < n_tiles);
+      UNROLL for (int b = 0; b < B; b++) if (some + b < end) {
+        unsigned a[2][4][3] = {};  // of two rows four pairs of numbers
+        UNROLL for (int half = 0; half < 2; half++) if (g + 8 * half < rows && 32 * (some + b) + 8 * t < width) {
+          const float4* from = &place(width, g + 8 * half, 8 * (some + b) + 2 * t);
           const float4 p = from[0], q = from[1];
           split(p.x, p.y, a[half][0]), split(p.z, p.w, a[half][1]), split(q.x, q.y, a[half][2]), split(q.z, q.w, a[half][3]);
-          UNROLL for (int j = 0; j < 4; j++) UNROLL for (int s = 0; s < 3; s++) a[half][j][s] = is ? a[half][j][s] : 0;
         }
-        UNROLL for (int s = 2; s >= 0; s--) {
-          tensor(sums[0], a[0][0][s], a[1][0][s], a[0][1][s], a[1][1][s], raw[0].x, raw[0].y);
-          tensor(sums[0], a[0][2][s], a[1][2][s], a[0][3][s], a[1][3][s], raw[0].z, raw[0].w);
+        UNROLL for (int s = 2; s >= 0; s--) UNROLL for (int i = 0; i < T; i++) {
+          tensor(sums[i], a[0][0][s], a[1][0][s], a[0][1][s], a[1][1][s], raw[b][i].x, raw[b][i].y);
+          tensor(sums[i], a[0][2][s], a[1][2][s], a[0][3][s], a[1][3][s], raw[b][i].z, raw[b][i].w);
         }
-        UNROLL for (int next = 1; next < B; next++) raw[next - 1] = raw[next];
-        if (!single) turn();
-        if (single || ++i == 3) i = 0, piece++;
       }
     }
     if (whole) {
-      AS_IT_IS for (int i = 0; i < 3; i++, turn()) {
-        const int column = 8 * (tile + i * workers) + 2 * t;
-        float* const to = now.logits + (int64)g * n + column;
-        UNROLL for (int half = 0; half < 2; half++) UNROLL for (int v = 0; v < 2; v++)
-          if (g + 8 * half < rows && column + v < n) to[half * 8 * n + v] = sums[0][2 * half + v];
+      UNROLL for (int i = 0; i < T; i++) UNROLL for (int v = 0; v < 4; v++) {
+        const int column = 8 * (tile + i * workers) + 2 * t + v % 2, row = g + v / 2 * 8;
+        if (row < rows && column < n) now.logits[(int64)row * n + column] = sums[i][v];
       }
       continue;
     }
-    AS_IT_IS for (int i = 0; i < T; i++, turn()) UNROLL for (int half = 0; half < 2; half++) if (g + 8 * half < rows)
-      parts[((warp() * T + i) * rows + g + 8 * half) * 4 + t] = {sums[0][2 * half], sums[0][2 * half + 1]};
+    UNROLL for (int i = 0; i < T; i++) UNROLL for (int half = 0; half < 2; half++) if (g + 8 * half < rows)
+      parts[((warp() * T + i) * rows + g + 8 * half) * 4 + t] = {sums[i][2 * half], sums[i][2 * half + 1]};
     __syncthreads();
     AS_IT_IS for (int i = threadIdx.x; i < 4 * T * rows; i += THREADS) {
       if (i != threadIdx.x && (item = item_of(i)).wanted) with = fetch(kind, item.r, n, item.c);
       float2 result = {0, 0};
-      _Pragma("unroll 4") for (int w = 0; w < WARPS; w++) {
-        const float2 part = parts[w * 4 * T * rows + i];
+      for (int w = 0; w < WARPS; w++) {
+        const float2 part = parts[((w * T + item.j) * rows + item.r) * 4 + i % 4];
         result.x += part.x, result.y += part.y;
       }
       if (item.wanted) deliver(kind, layer, item.r, n, item.head, item.c, result, with);
@@ -393,18 +365,27 @@ __device__ void tiles(int kind, int layer, int rows, int width, const bfloat16* 
   }
 }
 
+// Softmax over n parts that lie `apart`, each with a sum of values (D), the highest score and the weight of its keys:
+// the same of all of them together, of the sum the d-th number. Scores are logarithms to the base 2.
+__device__ float3 combined(const float* at, int n, int apart, int D, int d) {
+  float highest = LOWEST, y = 0, total = 0;
+  for (int i = 0; i < n; i++) highest = fmaxf(highest, at[i * apart + D]);
+  for (int i = 0; i < n; i++) {
+    const float weight = exp2f(at[i * apart + D] - highest);
+    y = __fmaf_rn(weight, at[i * apart + d], y), total = __fmaf_rn(weight, at[i * apart + D + 1], total);
+  }
+  return {y, highest, total};
+}
+
 // One block for each head of each row. Each warp has some keys and its own softmax over them, of numbers T·64 apart.
 template <int T>
 __device__ void attend(int layer, int rows) {
   constexpr int B = 8 / T;  // keys under way
-  const int H = m.n_heads, D = m.head_size, mine = lane() / (32 / B);
+  const int H = m.n_heads, K = m.n_kv_heads, D = m.head_size, mine = lane() / (32 / B);
   float* const of_warps = (float*)rest();  // (WARPS, D+2)
-  const float *const keys = now.keys, *const values = now.values;
   AS_IT_IS for (int i = blockIdx.x; i < rows * H; i += gridDim.x) {
-    int n = now.start + 1, head = layer * (int)m.n_kv_heads, of_row = i;  // keys that the row sees; divided without dividing
-    AS_IT_IS for (; of_row >= H; of_row -= H) n++;
-    AS_IT_IS for (; of_row >= now.sharing; of_row -= now.sharing) head++;
-    head *= (int)m.capacity * D;
+    const int r = i / H, n = now.start + r + 1;  // keys that the row sees
+    const int64 head = ((int64)layer * K + (i - r * H) / (H / K)) * m.capacity * D;
     auto at = [=](const float* x, int t) { return __ldcg((const float2*)(x + smaller(2 * lane() + 64 * t, D - 2))); };
     auto has = [=](int t) { return 2 * lane() + 64 * t < D; };
     float2 q[T], y[T] = {};
@@ -413,8 +394,8 @@ __device__ void attend(int layer, int rows) {
     AS_IT_IS for (int key = warp() * B; key < n; key += WARPS * B) {
       float2 k[B][T], v[B][T];
       UNROLL for (int b = 0; b < B; b++) UNROLL for (int t = 0; t < T; t++) {
-        const int row = head + smaller(key + b, n - 1) * D;
-        k[b][t] = at(keys + row, t), v[b][t] = at(values + row, t);
+        const int64 row = head + (int64)smaller(key + b, n - 1) * D;
+        k[b][t] = at(now.keys + row, t), v[b][t] = at(now.values + row, t);
       }
       float scores[B] = {};
       UNROLL for (int t = 0; t < T; t++) UNROLL for (int b = 0; b < B; b++) if (has(t))
@@ -424,7 +405,7 @@ __device__ void attend(int layer, int rows) {
       float top = seen ? score : LOWEST;
       UNROLL for (int offset = 16; offset >= 32 / B; offset /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, offset));
       top = fmaxf(top, highest);
-      const float p = seen ? power_of_2(score - top) : 0, before = power_of_2(highest - top);
+      const float p = seen ? exp2f(score - top) : 0, before = exp2f(highest - top);
       float more = p;
       UNROLL for (int offset = 16; offset >= 32 / B; offset /= 2) more += __shfl_xor_sync(ALL, more, offset);
       total = __fmaf_rn(total, before, more), highest = top;
@@ -440,16 +421,9 @@ __device__ void attend(int layer, int rows) {
     UNROLL for (int t = 0; t < T; t++) if (has(t)) *(float2*)(to + 2 * lane() + 64 * t) = y[t];
     if (lane() == 0) *(float2*)(to + D) = {highest, total};
     __syncthreads();
-    // half of a warp has a number, each lane what one warp has of it
-    static_assert(WARPS <= 16);  // half of a warp has a number, each lane what one warp has of it
-    const int w = lane() % 16;
-    const bool had = w < smaller(WARPS, (n + B - 1) / B);
-    const float* const from = of_warps + (had ? w : 0) * (D + 2);
-    const float top = of_warp<16>(from[D], Greater()), by = had ? power_of_2(from[D] - top) : 0,
-                all = of_warp<16>(by * from[D + 1], Plus());
-    AS_IT_IS for (int d = 2 * warp() + lane() / 16; d < D; d += 2 * WARPS) {
-      const float sum = of_warp<16>(by * from[d], Plus());
-      if (w == 0) m.mixed[i * D + d] = __fdividef(sum, all);
+    for (int d = threadIdx.x; d < D; d += THREADS) {
+      const float3 all = combined(of_warps, smaller(WARPS, (n + B - 1) / B), D + 2, D, d);
+      m.mixed[i * D + d] = __fdividef(all.x, all.z);
     }
   }
 }
@@ -459,7 +433,7 @@ __device__ void attend(int layer, int rows) {
 __device__ void pass(const int64* ids, int rows, int wanted) {
   const int C = m.width, F = m.hidden, N = m.n_offered, Q = (m.n_heads + 2 * m.n_kv_heads) * m.head_size;
   AS_IT_IS for (int i = blockIdx.x * THREADS + threadIdx.x; i < rows * (C / 4); i += gridDim.x * THREADS)
-    ((float4*)m.x)[i] = four(embedded(ids + i / (C / 4)) + i % (C / 4) * 4);
+    ((float4*)m.x)[i] = embedded(ids + i / (C / 4), i % (C / 4));
   const int steps = 4 * m.n_layers + (now.logits ? 1 : 0);
   AS_IT_IS for (int step = 0; step < steps; step++) {
     const int l = step / 4, kind = l == m.n_layers ? HEAD : step % 4;
@@ -470,16 +444,17 @@ __device__ void pass(const int64* ids, int rows, int wanted) {
               kind == HEAD ? m.norm : kind == QKV ? layer.attention_norm : layer.mlp_norm);
     const bfloat16* weights =
         kind == HEAD ? m.head : kind == QKV ? layer.qkv : kind == OUT ? layer.out : kind == UP ? layer.up : layer.down;
-    tiles(kind, l, rows - skipped, kind == DOWN ? F : C, weights, kind == HEAD ? N : kind == QKV ? Q : kind == UP ? F : C);
+    if (kind == OUT || kind == DOWN) tiles<1, 6>(kind, l, rows, kind == DOWN ? F : C, weights, C);
+    else tiles<3, 2>(kind, l, rows - skipped, C, weights, kind == HEAD ? N : kind == QKV ? Q : F);
     if (kind == HEAD) return;
     AS_IT_IS for (int after = 0; after < (kind == QKV ? 2 : 1); after++) {
       if (after && m.head_size <= 64) attend<1>(l, rows);
       else if (after) attend<4>(l, rows);
       meet([&] {
-        const bool last = l + 1 == m.n_layers;
-        const bfloat16* next = kind == QKV ? after ? layer.down : layer.up : last ? m.head : m.layers[l + 1].qkv;
-        int n = C * (kind == QKV ? F : kind != OUT ? 0 : !last ? Q : now.logits ? smaller(N, 8192) : 0);
-        AS_IT_IS for (int again = kind == QKV && !after; again >= 0; again--) ahead(next, n), next = layer.out, n = C * C;
+        if (kind == QKV && !after) ahead(layer.out, C * C), ahead(layer.up, F * C);
+        else if (kind == QKV) ahead(layer.down, F * C);
+        else if (kind == OUT && l + 1 < m.n_layers) ahead(m.layers[l + 1].qkv, Q * C);
+        else if (kind == OUT && now.logits) ahead(m.head, smaller(N, 8192) * C);
       });
     }
   }

@@ -9,19 +9,18 @@ __device__ float divisor_of(double temperature) { return temperature > 1.1754943
 
 // which of n numbers one of some blocks looks after
 struct Slice {
-  int all, each, from, n;
-  __device__ Slice(int all, int block, int blocks) : all(all), each((all + blocks - 1) / blocks) { look_after(block); }
-  __device__ void look_after(int block) { from = smaller(all, block * each), n = smaller(all, from + each) - from; }
+  int each, from, n;
+  __device__ Slice(int all, int block, int blocks)
+      : each((all + blocks - 1) / blocks), from(smaller(all, block * each)), n(smaller(all, from + each) - from) {}
 };
 
 // A number and when it was told, in one piece: who finds the second has the first, whatever order others see.
 __device__ void tell(int64* at, float what, int epoch) { put(at, (int64)epoch << 32 | (unsigned)__float_as_int(what)); }
 template <int B>
-__device__ void listen(const int64* at, int n, int epoch, float (&heard)[B]) {  // n of them; the others are 0
-  const int64 nothing = (int64)epoch << 32;
-  for (bool all = false; !all;) {
+__device__ void listen(const int64* at, int apart, int n, int epoch, float (&heard)[B]) {  // n of them
+  for (bool all = n <= 0; !all;) {
     int64 raw[B];
-    UNROLL for (int b = 0; b < B; b++) raw[b] = peek(at + b, b < n, nothing);
+    UNROLL for (int b = 0; b < B; b++) raw[b] = peek(at + apart * smaller(b, n - 1));
     all = true;
     UNROLL for (int b = 0; b < B; b++) heard[b] = __int_as_float((int)raw[b]), all = all && (int)(raw[b] >> 32) == epoch;
   }
@@ -36,8 +35,9 @@ struct Heard {
   __device__ Heard(const int64* posts, int blocks, int epoch)
       : each((blocks + 31) / 32), begin(lane() * each), n(smaller(each, blocks - begin)) {
     float both[2 * B];
-    listen(posts + 2 * begin, 2 * n, epoch, both);
-    UNROLL for (int b = 0; b < B; b++) one[b] = both[2 * b], other[b] = both[2 * b + 1];
+    UNROLL for (int b = 0; b < 2 * B; b++) both[b] = 0;
+    listen(posts + 2 * begin, 1, 2 * n, epoch, both);
+    UNROLL for (int b = 0; b < B; b++) one[b] = b < n ? both[2 * b] : 0, other[b] = b < n ? both[2 * b + 1] : 0;
   }
 };
 
@@ -48,18 +48,17 @@ struct Softmax {
   float rate, highest;
   bool greedy, odd;
   __device__ Softmax(double temperature) : rate(LOG2E / divisor_of(temperature)), highest(LOWEST), greedy(temperature == 0) {}
-  __device__ float weight_of(float v) const { return power_of_2((v - highest) * rate); }
+  __device__ float weight_of(float v) const { return exp2f((v - highest) * rate); }
   __device__ void tell_own(int64* post, float weight, int at, int epoch) const {  // a NaN for a weight if there is an odd one
     tell(post, greedy && isnan(weight) ? weight : highest, epoch);
     tell(post + 1, greedy ? __int_as_float(at) : weight, epoch);
   }
   __device__ void hear(Heard& heard) {  // weights are then of the greatest of all
-    float top = LOWEST, nothing = 0;  // unless there is a NaN; a place is none
-    UNROLL for (int b = 0; b < Heard::B; b++) {
-      if (b < heard.n) top = fmaxf(top, heard.one[b]);
-      nothing += (heard.one[b] + heard.other[b]) * 0;
-    }
-    highest = of_warp(top, Greater()), odd = __any_sync(ALL, isnan(nothing));
+    float top = LOWEST;
+    odd = false;
+    UNROLL for (int b = 0; b < Heard::B; b++) if (b < heard.n)
+      top = fmaxf(top, heard.one[b]), odd = odd || isnan(heard.one[b]) || !greedy && isnan(heard.other[b]);
+    highest = of_warp(top, Greater()), odd = __any_sync(ALL, odd);
     if (!greedy) UNROLL for (int b = 0; b < Heard::B; b++) heard.other[b] = b < heard.n ? heard.other[b] * weight_of(heard.one[b]) : 0;
   }
   __device__ int place(const Heard& heard) const {  // of the first of the greatest, at temperature 0
@@ -70,11 +69,10 @@ struct Softmax {
 };
 
 // An index out of `all` weights for a uniform number, by inversion in float64, by a warp that has heard what the weights
-// of each block's slice add up to, and looks at S of them a lane at once: load(from, n, weights), zeros beyond n. If nothing
-// has a weight, `all`.
+// of each block's slice add up to, and looks at S of them a lane at once: load(from, n, weights). If nothing has a
+// weight, `all`.
 template <int S, typename Load>
-__device__ int search(const float (&parts)[Heard::B], const Heard& heard, Slice there, double number, double& sums, Load load) {
-  const int all = there.all;
+__device__ int search(const float (&parts)[Heard::B], const Heard& heard, int blocks, int all, double number, double& sums, Load load) {
   double own = 0, before;
   UNROLL for (int b = 0; b < Heard::B; b++) own += parts[b];
   before = up_to(own), sums = __shfl_sync(ALL, before, 31), before -= own;
@@ -88,13 +86,13 @@ __device__ int search(const float (&parts)[Heard::B], const Heard& heard, Slice 
   }
   const int by = 31 - __clz(__ballot_sync(ALL, chosen >= 0));  // the last lane; there is one, for the first weight begins at 0
   chosen = __shfl_sync(ALL, chosen, by), start = __shfl_sync(ALL, start, by);
-  there.look_after(chosen);
+  const Slice there(all, chosen, blocks);
   for (int some = 0; some < there.n && found == all; some += 32 * S) {
     const int from = there.from + some + lane() * S, n = smaller(S, there.from + there.n - from);
     float weights[S];
     load(from, n, weights);
     own = 0;
-    UNROLL for (int b = 0; b < S; b++) own += weights[b];
+    UNROLL for (int b = 0; b < S; b++) weights[b] = b < n ? weights[b] : 0, own += weights[b];
     before = up_to(own);
     const double these = __shfl_sync(ALL, before, 31);
     before += start - own, start += these;
@@ -149,15 +147,15 @@ __device__ int draw(const float* logits, const Slice& slice, double temperature,
     int token = all;
     double sums = 1;
     if (!softmax.odd && softmax.greedy) token = softmax.place(heard);
-    else if (!softmax.odd) token = search<S>(heard.other, heard, slice, number, sums, [=](int from, int n, float (&weights)[S]) {
-      listen(words + from, n, epoch, weights);
+    else if (!softmax.odd) token = search<S>(heard.other, heard, gridDim.x, all, number, sums, [=](int from, int n, float (&weights)[S]) {
+      listen(words + from, 1, n, epoch, weights);
       UNROLL for (int b = 0; b < S; b++) weights[b] = b < n ? softmax.weight_of(weights[b]) : 0;
     });
     if (lane() == 0) drawn() = {softmax.highest, 1 / (float)sums, token};
   }
   __syncthreads();
   const Drawn now = drawn();
-  AS_IT_IS for (int i = threadIdx.x; i < slice.n; i += THREADS)
+  for (int i = threadIdx.x; i < slice.n; i += THREADS)
     keep(slice.from + i, now.probability(softmax, slice.from + i, logits[i], all));
   __syncthreads();
   return now.token;
@@ -177,7 +175,7 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
     __syncthreads();
     if (threadIdx.x == 0) {
       const int64 half = m.head_size / 2;
-      now = {keys, values, n ? m.logits : logits, start, int(m.n_heads / m.n_kv_heads), (unsigned)(0xffffffff / half + 1)};
+      now = {keys, values, n ? m.logits : logits, start, (unsigned)(0xffffffff / half + 1)};
       if (i == 0) phase() = acquire(m.meeting) >> 31;  // it cannot change before this block is there
     }
     __syncthreads();
@@ -186,7 +184,7 @@ specdec_run(const __grid_constant__ Model model, float* keys, float* values, con
     meet([] {});
     const Slice slice(m.n_choices, blockIdx.x, gridDim.x);
     float* own = (float*)rest();
-    AS_IT_IS for (int j = threadIdx.x; j < slice.n; j += THREADS) own[j] = __ldcg(m.logits + slice.from + j);
+    for (int j = threadIdx.x; j < slice.n; j += THREADS) own[j] = __ldcg(m.logits + slice.from + j);
     __syncthreads();
     float* const row = probs + (int64)i * m.n_choices;
     const int token = draw<12>(own, slice, temperature, numbers[i], epoch + i, [=](int choice, float p) { row[choice] = p; });
@@ -288,7 +286,7 @@ specdec_decide(const int64* drafted, const float* q, const float* p, const doubl
   double sums;
   float parts[Heard::B];
   UNROLL for (int b = 0; b < Heard::B; b++) parts[b] = covered ? heard.other[b] : heard.one[b];
-  const int following = search<S>(parts, heard, slice, numbers[k], sums, [=](int from, int n_some, float (&weights)[S]) {
+  const int following = search<S>(parts, heard, gridDim.x, n, numbers[k], sums, [=](int from, int n_some, float (&weights)[S]) {
     UNROLL for (int b = 0; b < S; b++)
       weights[b] = b < n_some ? (covered ? __ldg(p + (int64)accepted * n + from + b) : left(accepted, from + b)) : 0;
   });

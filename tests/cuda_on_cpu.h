@@ -205,15 +205,14 @@ inline int __float_as_int(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-inline float power_of_2(float x) { return std::exp2(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __clz(unsigned x) { return __builtin_clz(x); }
 inline void put(long long* at, long long value) { *at = value; }
-inline long long peek(const long long* at, bool wanted, long long otherwise) {
+inline long long peek(const long long* at) {
   on_cpu::spinning = true;
   on_cpu::yield();
-  return wanted ? *at : otherwise;
+  return *at;
 }
 
 // clusters: shared memory of another block lies where the scheduler keeps it

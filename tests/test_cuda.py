@@ -21,7 +21,7 @@ extern "C" void launch(const char* kernel, int blocks, int cluster, int threads,
   {" ".join(f"KERNEL(specdec_{name})" for name in cuda.ARGUMENTS)}
 }}
 """
-FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -w -U_FORTIFY_SOURCE -DKEYS=2"
+FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -w -U_FORTIFY_SOURCE -DKEYS=20"
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def emulator(tmp_path_factory):
     header = Path(__file__).with_name("cuda_on_cpu.h")
 
     class Emulated:
-        threads, cluster = 128, 4
+        threads, cluster, keys = 64, 4, 20
 
         def __init__(self, blocks, clusters, most):
             if most not in libraries:
@@ -161,7 +161,7 @@ SOME = [0, 2, 3, 7, 8, 11, 12, 40, 41]
     (0.0, 2, SOME, {"n_ids": 64}),
     (1e-40, 3, None, {}),
     (1.0, 2, None, {}),
-    (1.0, 2, None, {"n_kv_heads": 1, "context": 300}),
+    (1.0, 2, None, {"n_kv_heads": 1}),
 ])  # fmt: skip
 def test_clusters_draft_the_same(temperature, clusters, offered, shape, device, monkeypatch):
     """Of the whole vocabulary, whatever stands in the cache beyond the text; up to the end of the context."""
@@ -197,7 +197,7 @@ def test_clusters_draft_the_same(temperature, clusters, offered, shape, device, 
 def test_what_clusters_do_not_draft(device):
     """Models that are too large or not to be divided, and samplings with filters, are drafted from in the other way."""
     ids, asked = [1], (Sampling(), Randomness(0, device), 2)
-    shapes = {"n_heads": 6, "width": 96}, {"n_heads": 1, "width": 80}, {"n_layers": 9, "width": 256}
+    shapes = {"context": 8000}, {"n_heads": 6, "width": 96}, {"n_heads": 1, "width": 80}, {"n_layers": 9, "width": 256}
     for shape in shapes:
         fast = CudaModel(make_model(**WIDE | shape).to(device, torch.bfloat16))
         assert fast.draft is None, shape
