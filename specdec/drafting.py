@@ -119,15 +119,14 @@ def drafter_of(model: Model) -> DraftModel:
 
 
 class CapturedDraftModel(DraftModel):
-    """The same, with all k steps of a round as one CUDA graph: between two drafts nothing waits for Python.
+    """The same, with all k steps of a round as one CUDA graph, one for each k: between two drafts nothing waits for Python.
 
-    Its shapes are fixed, so a round always begins by reading the last two tokens, of which one is usually known, and
-    always drafts as many tokens as the longest round did; what is not asked for is cut off, whatever it is.
+    Its shapes are fixed, so a round always begins by reading the last two tokens, of which one is usually known.
     """
 
     def __init__(self, model: Model):
         super().__init__(model)
-        self.graphs: dict[Sampling, tuple[int, Captured]] = {}
+        self.graphs: dict[tuple[Sampling, int], Captured] = {}
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         if k == 0:
@@ -137,15 +136,12 @@ class CapturedDraftModel(DraftModel):
             self.model(torch.tensor([text[self.cache.length : known]], device=device), self.cache)
         last = torch.tensor([text[-2:] if known or len(text) == 2 else text * 2], device=device)  # (1, 2)
         positions = torch.tensor([max(0, len(text) - 2), len(text) - 1], device=device)
-        width, graph = self.graphs.get(sampling, (0, None))
-        numbers = torch.zeros(max(k, width), dtype=torch.float64, device=device)
-        numbers[:k] = randomness.uniforms(k)
-        if k > width:
-            graph = Captured(partial(self.chain, sampling), last, positions, numbers)
-            self.graphs[sampling] = k, graph
-        tokens, rows = graph(last, positions, numbers)
+        numbers = randomness.uniforms(k)
+        if (sampling, k) not in self.graphs:
+            self.graphs[sampling, k] = Captured(partial(self.chain, sampling), last, positions, numbers)
+        tokens, rows = self.graphs[sampling, k](last, positions, numbers)
         self.cache.length = len(text) + k - 1
-        return Draft(tokens[:k].clone(), spread(rows[:k], self.ids, self.n_ids).clone())
+        return Draft(tokens.clone(), spread(rows, self.ids, self.n_ids).clone())
 
     def chain(self, sampling: Sampling, unread: Tensor, positions: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (n,) and rows (n, V or N) for n uniform numbers, after reading ``unread`` (1, 2) at ``positions``."""

@@ -349,7 +349,7 @@ def speedups(cells: list[dict]) -> Figure:
         report.break_even(axis)
         axis.set(xlabel="k, drafted tokens per round", title=f"temperature {temperature:g}", ylim=(0, None))
     axes[0, 0].set(ylabel="speed-up, C ÷ A")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, -1].legend(fontsize=8)  # temperature 1, where there is room above the curves
     return figure
 
 
