@@ -204,6 +204,7 @@ def readme_block() -> str:
             if (results_dir() / profile / f"{name}.png").exists():
                 parts.append(f"![{name} figure](results/{profile}/{name}.png)\n")
         parts.append(_other_run(profile))
+        parts.append(_drafts_table(profile))
         parts.append(_elsewhere_table(profile))
         parts.append(_accelerator_table(profile))
         parts.append(_peers_table(profile))
@@ -336,6 +337,28 @@ def _origin(profile: str) -> str:
         n, weights = measured["params"]["n_prompts"], measured["params"].get("weights")
         lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {n} "
                   "held-out prompts (on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def _drafts_table(profile: str) -> str:
+    """Every draft of the benchmark at the k picked for it, where there are several."""
+    result = _finished(profile, _experiment(profile))
+    if result is None:
+        return ""
+    alpha, best, as_block = (result["values"].get(key, {}) for key in ("alpha", "best", "as_block"))
+    names = [name for key in alpha for name, _, temperature in [key.partition(" T=")] if temperature == "1"]
+    if len(names) < 2:
+        return ""
+
+    def speed(line):
+        return f"{line['speedup']:.2f}× [{line['ci95_low']:.2f}, {line['ci95_high']:.2f}], k = {line['k']}" if line else "—"
+
+    lines = ["All drafts in the same turns, α at the examined positions:", "",
+             "| draft | α, T = 0 | α, T = 1 | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for name in names:
+        rates = " | ".join(f"{alpha[f'{name} T={t}']:.2f}" for t in (0, 1))
+        speeds = " | ".join(map(speed, (best.get(f"{name} T=0"), best.get(f"{name} T=1"), as_block.get(f"{name} T=1"))))
+        lines.append(f"| {name} | {rates} | {speeds} |")
     return "\n".join([*lines, ""])
 
 

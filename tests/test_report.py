@@ -67,6 +67,18 @@ def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
     assert "| medium | 1 | 8 | 0.70× |" in block and "| small | 0 | 4" not in block
 
 
+def test_all_drafts_have_a_line():
+    report.update_headline("seed", c=0.1)
+    assert "All drafts" not in report.readme_block()
+    line = {"k": 3, "speedup": 1.25, "ci95_low": 1.2, "ci95_high": 1.3}
+    best = {f"{name} T={t}": line | {"k": t} for name in ("small", "medium") for t in (0, 1)} | {"target T=1": {"speedup": 1.0}}
+    alpha = {"small T=0": 0.5, "medium T=0": 0.75, "small T=1": 0.625, "medium T=1": 0.875}
+    report.record("seed", "benchmark", params={}, values={"best": best, "alpha": alpha, "as_block": {"medium T=1": line}})
+    block = report.readme_block()
+    assert "| small | 0.50 | 0.62 | 1.25× [1.20, 1.30], k = 0 | 1.25× [1.20, 1.30], k = 1 | — |" in block
+    assert "| medium | 0.75 | 0.88 | 1.25× [1.20, 1.30], k = 0 | 1.25× [1.20, 1.30], k = 1 | 1.25× [1.20, 1.30], k = 3 |" in block
+
+
 def test_the_readme_changes_only_between_its_markers():
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.with_block(text, "new\n") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
