@@ -121,12 +121,19 @@ def drafter_of(model: Model) -> DraftModel:
 class CapturedDraftModel(DraftModel):
     """The same, with all k steps of a round as one CUDA graph, one for each k: between two drafts nothing waits for Python.
 
-    Its shapes are fixed, so a round always begins by reading the last two tokens, of which one is usually known.
+    Its shapes are fixed, so a round always begins by reading the last two tokens, of which one is usually known. The last
+    rounds of a text, which may use fewer tokens, draft as many as those before and cut off the rest, whatever it is: to
+    capture another graph for one of them would take longer than the text.
     """
 
     def __init__(self, model: Model):
         super().__init__(model)
         self.graphs: dict[tuple[Sampling, int], Captured] = {}
+        self.longest = 0  # most tokens that a round of this text was asked for
+
+    def start(self) -> None:
+        super().start()
+        self.longest = 0
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         if k == 0:
@@ -136,12 +143,15 @@ class CapturedDraftModel(DraftModel):
             self.model(torch.tensor([text[self.cache.length : known]], device=device), self.cache)
         last = torch.tensor([text[-2:] if known or len(text) == 2 else text * 2], device=device)  # (1, 2)
         positions = torch.tensor([max(0, len(text) - 2), len(text) - 1], device=device)
-        numbers = randomness.uniforms(k)
-        if (sampling, k) not in self.graphs:
-            self.graphs[sampling, k] = Captured(partial(self.chain, sampling), last, positions, numbers)
-        tokens, rows = self.graphs[sampling, k](last, positions, numbers)
+        self.longest = max(self.longest, k)
+        width = k if (sampling, k) in self.graphs else self.longest
+        numbers = torch.zeros(width, dtype=torch.float64, device=device)
+        numbers[:k] = randomness.uniforms(k)
+        if (sampling, width) not in self.graphs:
+            self.graphs[sampling, width] = Captured(partial(self.chain, sampling), last, positions, numbers)
+        tokens, rows = self.graphs[sampling, width](last, positions, numbers)
         self.cache.length = len(text) + k - 1
-        return Draft(tokens.clone(), spread(rows, self.ids, self.n_ids).clone())
+        return Draft(tokens[:k].clone(), spread(rows[:k], self.ids, self.n_ids).clone())
 
     def chain(self, sampling: Sampling, unread: Tensor, positions: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (n,) and rows (n, V or N) for n uniform numbers, after reading ``unread`` (1, 2) at ``positions``."""

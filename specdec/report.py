@@ -340,6 +340,11 @@ def _origin(profile: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def _speed(line: dict | None) -> str:
+    """A speed-up and its interval."""
+    return f"{line['speedup']:.2f}× [{line['ci95_low']:.2f}, {line['ci95_high']:.2f}]" if line else "—"
+
+
 def _drafts_table(profile: str) -> str:
     """Every draft of the benchmark at the k picked for it, where there are several."""
     result = _finished(profile, _experiment(profile))
@@ -350,14 +355,12 @@ def _drafts_table(profile: str) -> str:
     if len(names) < 2:
         return ""
 
-    def speed(line):
-        return f"{line['speedup']:.2f}× [{line['ci95_low']:.2f}, {line['ci95_high']:.2f}], k = {line['k']}" if line else "—"
-
     lines = ["All drafts in the same turns, α at the examined positions:", "",
              "| draft | α, T = 0 | α, T = 1 | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name in names:
         rates = " | ".join(f"{alpha[f'{name} T={t}']:.2f}" for t in (0, 1))
-        speeds = " | ".join(map(speed, (best.get(f"{name} T=0"), best.get(f"{name} T=1"), as_block.get(f"{name} T=1"))))
+        found = best.get(f"{name} T=0"), best.get(f"{name} T=1"), as_block.get(f"{name} T=1")
+        speeds = " | ".join(_speed(line) + (f", k = {line['k']}" if line else "") for line in found)
         lines.append(f"| {name} | {rates} | {speeds} |")
     return "\n".join([*lines, ""])
 
@@ -373,16 +376,16 @@ def _elsewhere_table(profile: str) -> str:
         cells = [
             table.get(f"{draft} T={t}") for draft in ("small", "small distilled") for table, t in ((best, 0), (best, 1), (by_block, 1))
         ]
-        shown = ["—" if c is None else f"{c['speedup']:.2f}× [{c['ci95_low']:.2f}, {c['ci95_high']:.2f}]" for c in cells]
         n_sweep = len({row["prompt"] for row in load_rows(profile, name) if row.get("part") == "sweep"})
-        of = result["params"].get("drafts")
-        how += f", distilled as in `{of}.json`" if of else ""
-        lines.append(f"| {how} | {result['provenance']['machine']} | {result['params']['n_prompts']} × {result['params']['new_tokens']}, {n_sweep} "
-                     f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(shown)} |")  # fmt: skip
+        params, origin = result["params"], result["provenance"]
+        how += f", distilled as in `{params['drafts']}.json`" if "drafts" in params else ""
+        how += f"; {params['remark']}" if "remark" in params else ""
+        lines.append(f"| {how} | {origin['machine']}, {origin['commit']} | {params['n_prompts']} × {params['new_tokens']}, {n_sweep} "
+                     f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(map(_speed, cells))} |")  # fmt: skip
     if not lines:
         return ""
     head = ["The same target otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
-            "| passes | machine | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | 1, as a block | distilled, 0 | 1 "
+            "| passes | machine, commit | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | 1, as a block | distilled, 0 | 1 "
             "| 1, as a block |", "|---" * 10 + "|"]  # fmt: skip
     return "\n".join([*head, *lines, ""])
 

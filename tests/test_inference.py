@@ -351,11 +351,17 @@ def test_captured_drafts_reach_the_end_of_the_context(pair):
         assert all(len(tokens) == n for tokens, _ in plain)
 
 
-def test_captured_drafts_grow_with_k(pair):
+def test_captured_drafts_are_as_long_as_their_text_asks(pair, monkeypatch):
+    """Each text's own k, whatever k others had before; its last rounds, which may use fewer, need no other graph."""
     target, draft = pair
-    drafter = CapturedDraftModel(draft)
-    for k in (2, 4, 1):
+    drafter, passes = CapturedDraftModel(draft), []
+    chain = CapturedDraftModel.chain
+    monkeypatch.setattr(CapturedDraftModel, "chain", lambda self, *given: passes.append(len(given[-1])) or chain(self, *given))
+    for k in (4, 2, 3):
+        passes.clear()
         assert texts(target, drafter, k=k) == texts(target, DraftModel(draft), k=k)
+        assert set(passes) <= {2, 3, 4} and passes[0] == max(passes) == k
+    assert {width for _, width in drafter.graphs} == {2, 3, 4}
 
 
 def test_kept_rows_are_not_overwritten_by_later_rounds(pair):
