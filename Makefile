@@ -52,11 +52,18 @@ $(call run,03_speculative_decoding): $(ENGINE) $(call run,02_model_and_training)
 $(call run,04_losslessness): $(ENGINE) $(call run,02_model_and_training) build/$(PROFILE)/proved
 $(call run,05_kv_cache_rollback): $(ENGINE) $(call run,02_model_and_training)
 $(call run,06_benchmark): $(ENGINE) $(addprefix specdec/,distill.py roofline.py reproduce.py) $(call run,02_model_and_training)
-$(call run,07_distillation): $(ENGINE) specdec/distill.py $(call run,06_benchmark)
+$(call run,07_distillation): $(ENGINE) $(addprefix specdec/,distill.py reproduce.py) $(call run,06_benchmark)
+
+# Other PARAMS than last time make another report.
+build/$(PROFILE)/params: FORCE
+	@mkdir -p $(@D)
+	@echo '$(PARAMS)' | cmp -s - $@ || echo '$(PARAMS)' > $@
+.PHONY: FORCE
+FORCE:
 
 # Notebooks measure, so they never run side by side.
 .NOTPARALLEL:
-build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb | $(VENV)/.done
+build/$(PROFILE)/notebooks/%.ipynb: notebooks/%.ipynb build/$(PROFILE)/params | $(VENV)/.done
 	@mkdir -p $(@D)
 	@echo "$* ($(PROFILE))"
 	@$(BIN)/python -m specdec.notebooks run $< $@ profile=$(PROFILE) $(PARAMS)

@@ -1,6 +1,7 @@
 """The command line: generate, train, distill, bench, export, reproduce. Wrong input ends with one sentence and exit status 2."""
 
 import argparse
+import codecs
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"specdec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -118,17 +119,28 @@ def trained(profile, name: str):
     return load_or_distill(profile) if name == "distilled" else load_or_train(profile, name)
 
 
+def check(what: str, name: str, names) -> None:
+    """Before anything is loaded or trained for it."""
+    if name not in names:
+        raise ValueError(f"there is no {what} {name!r}; choose {', '.join(names)}.")
+
+
+def drafts(profile) -> list[str]:
+    return [role for role in profile.models if role != "target"]
+
+
 def run_generate(options) -> None:
     profile = get_profile(options.profile)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    if options.rule not in RULES:
-        raise ValueError(f"there is no rule {options.rule!r}; choose {', '.join(RULES)}.")
+    sampling, randomness = Sampling(options.temperature, options.top_k, options.top_p), Randomness(options.seed)
+    check("rule", options.rule, RULES)
+    check("model", options.draft, [*drafts(profile), "distilled"])
     if options.k < 1:
         raise ValueError(f"k is {options.k}; draft at least 1 token a round, or pass --no-draft.")
+    if options.max_new_tokens < 0:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give 0 or more.")
     tokenizer = tokens_for(profile).tokenizer
     prompt = tokenizer.encode_ordinary(options.prompt)
     target, trace = ready(model_named(profile, "target"), passes="compiled"), Trace()
-    randomness = Randomness(options.seed, target.device)
     common = dict(
         max_new_tokens=options.max_new_tokens, sampling=sampling, stop=(tokenizer.eot_token,),
         randomness=randomness, trace=trace,
@@ -138,15 +150,12 @@ def run_generate(options) -> None:
     else:
         draft, rule = ready(model_named(profile, options.draft), passes="compiled"), ready_rule(RULES[options.rule], "compiled")
         stream = speculate(target, prompt, drafter=drafter_of(draft), k=options.k, rule=rule, **common)
-    began, pending = time.perf_counter(), b""
+    began, decoder = time.perf_counter(), codecs.getincrementaldecoder("utf-8")("replace")
     print(options.prompt, end="", flush=True)
     for token in stream:
-        if token != tokenizer.eot_token:
-            pending += tokenizer.decode_single_token_bytes(token)
-            text = pending.decode("utf-8", errors="ignore")  # a character may be spread over several tokens
-            if text.encode() == pending or len(pending) > 8:
-                print(pending.decode("utf-8", errors="replace"), end="", flush=True)
-                pending = b""
+        if token != tokenizer.eot_token:  # a character may be spread over several tokens
+            print(decoder.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
+    print(decoder.decode(b"", final=True), end="", flush=True)
     seconds = time.perf_counter() - began
     counts = bench.summary([trace])
     line = f"{counts['tokens'] / seconds:.1f} tokens/s, ended by {trace.finish}"
@@ -170,7 +179,7 @@ def run_train(options) -> None:
         dist.barrier()
     try:
         if options.model == "distilled":
-            _, history = load_or_distill(profile, options.distill_loss, texts=options.distill_texts)
+            _, history = load_or_distill(profile, options.distill_loss, texts=options.distill_texts, device=device)
         else:
             _, history = load_or_train(profile, options.model, device=device)
     finally:
@@ -183,7 +192,9 @@ def run_train(options) -> None:
 
 
 def run_distill(options) -> None:
-    compare_recipes(get_profile(options.profile), role=options.role, say=lambda line: print(line, flush=True))
+    profile = get_profile(options.profile)
+    check("model", options.role, drafts(profile))
+    compare_recipes(profile, role=options.role, say=lambda line: print(line, flush=True))
 
 
 def run_bench(options) -> None:
@@ -191,7 +202,9 @@ def run_bench(options) -> None:
         return run_roofline(options)
     if options.peers:
         return run_peers(options)
-    profile = get_profile(options.profile)
+    profile, table = get_profile(options.profile), Path(options.json or "bench.json")
+    if options.json and (table.is_dir() or not os.access(table.parent, os.W_OK)):
+        raise ValueError(f"{options.json!r} cannot be written; name a file in a folder that is there.")
     models, data = {name: model_named(profile, name) for name in ("target", "small", "medium")}, tokens_for(profile)
     result = bench.run(*bench.equip(models, profile.bench, data), data, profile.bench)
     print(f"{'arm':16s} {'T':>3s} {'tokens/s':>9s} {'speed-up':>9s} {'95% interval':>14s} {'predicted':>9s} {'accepted÷examined':>18s}")
@@ -213,9 +226,11 @@ def run_bench(options) -> None:
         print(f"{key}: c = {costs.c:.3f}, v = " + ", ".join(f"{m}: {v:.2f}" for m, v in costs.v.items()) + f", o = {costs.o:.3f}")
     for name, ratio in result.aa.items():
         print(f"A ÷ A, {name}: {ratio['value']:.3f}")
-    print(f"R² of predicted against measured: {result.r2:.2f}")
+    for where, errors in (("in the sweep", result.sweep_errors), ("on fresh prompts", result.fresh_errors)):
+        print(f"predicted against measured {where}: R² {errors['r2']:.2f}, {errors['mean_error']:+.0%} on average, "
+              f"{errors['within']} of {errors['n']} within the interval")  # fmt: skip
     if options.json:
-        with open(options.json, "w") as file:
+        with open(table, "w") as file:
             json.dump({"cells": result.cells, "provenance": report.provenance(profile.name)}, file, indent=2)
 
 
@@ -231,7 +246,9 @@ def run_roofline(options) -> None:
 
 
 def run_peers(options) -> None:
-    profile, library, began = get_profile(options.profile), peers.transformers(), time.perf_counter()
+    profile = get_profile(options.profile)
+    check("model", options.draft, [*drafts(profile), "distilled"])
+    library, began = peers.transformers(), time.perf_counter()
     target, draft = model_named(profile, "target"), model_named(profile, options.draft)
     bench_config = replace(profile.bench, n_prompts=options.prompts or profile.bench.n_prompts)
     result = peers.compare(target, draft, tokens_for(profile), bench_config)
@@ -249,11 +266,13 @@ def run_peers(options) -> None:
         values={"ours_by_theirs": result.ratios, "cells": result.cells}, rows=result.rows,
         seed=profile.bench.seed, seconds=time.perf_counter() - began,
     )  # fmt: skip
-    report.update_headline(profile.name, peers={f"transformers_{peers.KINDS[kind]}": r for kind, r in result.ratios.items()})
 
 
 def run_export(options) -> None:
     profile, out = get_profile(options.profile), Path(options.out)
+    check("model", options.role, [*profile.models, "distilled"])
+    if out.exists():
+        raise ValueError(f"there is something in {out.name!r} already; delete it or name another folder.")
     (model, history), data = trained(profile, options.role), tokens_for(profile)
     trainings = {"training": history.rows[-1]}
     if options.role == "distilled":

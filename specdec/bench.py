@@ -199,9 +199,21 @@ def speed_ratio(rows: list[dict], arm: str, baseline: str, *, samples: int = 200
         fast, slow = (column[n, "tokens"][i].sum(-1) / column[n, "seconds"][i].sum(-1) for n in (arm, baseline))
         return fast / slow
 
-    draws = np.random.default_rng(seed).integers(len(prompts), size=(samples, len(prompts)))
-    low, high = np.percentile(ratio(draws), [2.5, 97.5])
-    return {"value": float(ratio(np.arange(len(prompts)))), "ci95": [float(low), float(high)]}
+    return _bootstrap(ratio, len(prompts), samples, seed)
+
+
+def acceptance(rows: list[dict], arm: str, *, samples: int = 2000, seed: int = 0) -> dict:
+    """Accepted ÷ examined drafts of ``arm``: {"value", "ci95"}, a bootstrap over prompts. Under the token-wise rule its
+    expectation is α at the examined positions."""
+    mine = [r for r in rows if r["arm"] == arm]
+    accepted, examined = (np.array([r[key] for r in mine], dtype=float) for key in ("accepted", "examined"))
+    return _bootstrap(lambda i: accepted[i].sum(-1) / examined[i].sum(-1).clip(1), len(mine), samples, seed)
+
+
+def _bootstrap(ratio: Callable, n: int, samples: int, seed: int) -> dict:
+    """``ratio`` of indices (…, n) of prompts, and where 95% of it lies when they are drawn anew."""
+    low, high = np.percentile(ratio(np.random.default_rng(seed).integers(n, size=(samples, n))), [2.5, 97.5])
+    return {"value": float(ratio(np.arange(n))), "ci95": [float(low), float(high)]}
 
 
 def cell(rows: list[dict], arm: str, baseline: str) -> dict:
@@ -256,6 +268,16 @@ def mean_verdict(costs: Costs, lengths: list[int], m: int) -> float:
     proposes none, nothing is decided."""
     rows = [min(m, n + 1) for n in lengths]
     return float(np.mean([costs.verify(m) + costs.o * (m > 1) for m in rows]))
+
+
+def predict(
+    costs: Costs, texts: list[tuple[list[float], list[int]]], *, k: int, n: int, prefill_seconds: float
+) -> float:  # fmt: skip
+    """The speed-up that ``costs`` promise for texts of n tokens like these: of each its αᵢ and the lengths of proposals, as
+    `acceptance_of_wanted` gives them; they differ more from each other than their rounds do."""
+    spent = [theory.text_cost(n, alphas, k, costs.draft, partial(mean_verdict, costs, lengths)) for alphas, lengths in texts]
+    prefill = prefill_seconds / costs.step_seconds
+    return (prefill + n) / (prefill + float(np.mean(spent)))
 
 
 Timings = dict[tuple[str, int], list[float]]  # seconds of ("target", 1), ("draft", k), ("verify", rows), ("decide", k)
@@ -336,14 +358,16 @@ class Benchmark:
 
     cells: list[dict] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
-    costs: dict[str, Costs] = field(default_factory=dict)  # by drafter and temperature
+    costs: dict[str, Costs] = field(default_factory=dict)  # by drafter and temperature, beside the sweep
+    final_costs: dict[str, Costs] = field(default_factory=dict)  # beside the fresh prompts, of the k that is run there
     by_position: dict[str, list[float]] = field(default_factory=dict)  # αᵢ over all k
-    alpha: dict[str, float] = field(default_factory=dict)  # mean Σ min(p, q) at the examined positions
+    alpha: dict[str, float] = field(default_factory=dict)  # mean Σ min(p, q) at the examined positions of the sweep
     best: dict[str, dict] = field(default_factory=dict)  # each at the k that theory says is best, on fresh prompts
     as_block: dict[str, dict] = field(default_factory=dict)  # the same where the block rule decides, above temperature 0
     best_k: dict[str, dict] = field(default_factory=dict)  # what theory picks ÷ the best of the sweep
     aa: dict[str, dict] = field(default_factory=dict)  # the target alone ÷ itself, by temperature
-    r2: float = float("nan")  # of predicted against measured speed-up over all speculative cells of the sweep
+    sweep_errors: dict = field(default_factory=dict)  # `agreement` of all speculative cells of the sweep
+    fresh_errors: dict = field(default_factory=dict)  # and of what was run on fresh prompts
 
 
 def equip(
@@ -377,9 +401,9 @@ def run(
     """A, B and C with every drafter, temperature and k on held-out prompts; then each on fresh ones, at the k that
     theory picks.
 
-    The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from costs measured in
-    turns with the prompts of the sweep, and from the acceptance by position of each of its texts. ``after`` each temperature
-    is told what there is so far.
+    The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from the acceptance by
+    position of each text of the sweep and from costs measured in turns with its prompts, or for the fresh prompts in turns with
+    those. ``after`` each temperature is told what there is so far.
     """
     sweep, final = split_prompts(data, config)
     length = config.prompt_tokens + config.new_tokens // 2
@@ -401,24 +425,22 @@ def run(
 
         rows = together(measure(arms, sweep, seed=config.seed, device=device, traces=traces, between=time_costs), "A")
         finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
+        predicted = {}
         for name, drafter in drafters.items():
-            key, n = f"{name} {tag}", config.new_tokens
+            key = f"{name} {tag}"
             costs = out.costs[key] = costs_of(timings[name])
             by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
             rounds = [trace for k in config.ks for trace in by_k[k]]
             out.by_position[key] = acceptance_by_position(rounds, k_max)
             kept = kept_probs(target, drafter, sweep, k_max, config, sampling)
             out.alpha[key] = alpha(kept)
-            texts = []  # they differ more from each other than their rounds do
-            for i in range(len(sweep)):
-                alphas, lengths = acceptance_of_wanted({k: [by_k[k][i]] for k in config.ks})
-                texts.append((alphas, partial(mean_verdict, costs, lengths or [k_max])))
-            prefill_steps = np.mean([t.seconds["prefill"] for t in rounds]) / costs.step_seconds
+            wanted = (acceptance_of_wanted({k: [by_k[k][i]] for k in config.ks}) for i in range(len(sweep)))
+            texts = [(alphas, lengths or [k_max]) for alphas, lengths in wanted]
+            prefill = float(np.mean([t.seconds["prefill"] for t in rounds]))
+            predicted[name] = partial(predict, texts=texts, n=config.new_tokens, prefill_seconds=prefill)
             table = {k: cell(rows, f"C {name} k={k}", "A") for k in config.ks}
             for k, line in table.items():
-                cost = np.mean([theory.text_cost(n, alphas, k, costs.draft, verdict) for alphas, verdict in texts])
-                predicted = (prefill_steps + n) / (prefill_steps + float(cost))
-                line |= {"draft": name, "temperature": temperature, "k": k, "predicted": predicted}
+                line |= {"draft": name, "temperature": temperature, "k": k, "predicted": predicted[name](costs, k=k)}
             best = max(table, key=lambda k: table[k]["speedup"])
             picked = max(table, key=lambda k: table[k]["predicted"])
             out.best_k[key] = {"picked": picked, "best": best, "of_best": table[picked]["speedup"] / table[best]["speedup"]}
@@ -426,7 +448,7 @@ def run(
             out.best[key] = {"k": picked}
             finals |= {arm: arms[arm] for arm in (f"C {name} k={picked}", f"C {name} k={best}")}
             if temperature > 0:  # else the two rules are the same
-                spent = {k: costs.draft(k) + np.mean([verdict(k + 1) for _, verdict in texts]) for k in config.ks}
+                spent = {k: costs.draft(k) + np.mean([mean_verdict(costs, n, k + 1) for _, n in texts]) for k in config.ks}
                 expected = {k: tokens_as_block(kept, k) for k in config.ks}
                 k = max(config.ks, key=lambda k: expected[k] / spent[k])
                 out.as_block[key] = {"k": k, "tokens_per_round_expected": expected[k]}
@@ -435,10 +457,19 @@ def run(
         for name in alone:
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
         out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
-        again = measure(finals, final, seed=config.seed + 1000, repeats=config.repeats, device=device)
+        timings = {name: {} for name in drafters}
+
+        def time_again():
+            for name, drafter in drafters.items():
+                k = out.best[f"{name} {tag}"]["k"]
+                time_parts(target, drafter, typical, sampling, [k], repeats=1, rule=rule, timings=timings[name])
+
+        again = measure(finals, final, seed=config.seed + 1000, repeats=config.repeats, device=device, between=time_again)
         for name in drafters:
             line = out.best[f"{name} {tag}"]
             line |= cell(again, f"C {name} k={line['k']}", "A")
+            costs = out.final_costs[f"{name} {tag}"] = costs_of(timings[name])
+            line |= {"predicted": predicted[name](costs, k=line["k"]), "acceptance": acceptance(again, f"C {name} k={line['k']}")}
             if name in alone:
                 line["draft_alone"] = cell(again, f"B {name}", "A")
             if (by := out.as_block.get(f"{name} {tag}")) is not None:
@@ -450,8 +481,8 @@ def run(
         out.aa[tag] = speed_ratio(again, "A again", "A")
         for part, measured in (("sweep", rows), ("final", again)):
             out.rows += [{"temperature": temperature, "part": part} | r for r in measured]
-        speculative = [line for line in out.cells if "predicted" in line]
-        out.r2 = r_squared([c["speedup"] for c in speculative], [c["predicted"] for c in speculative])
+        out.sweep_errors = agreement([line for line in out.cells if "predicted" in line])
+        out.fresh_errors = agreement([line for line in out.best.values() if "predicted" in line])
         after(out)
     return out
 
@@ -505,8 +536,18 @@ def greedy_ties(target: Transformer, drafter: Drafter, prompts: list[list[int]],
     return Ties(len(margins), floor, near, len(prompts), len(parted_at), max(parted_at, default=0.0))
 
 
+def agreement(lines: list[dict]) -> dict:
+    """How well "predicted" of these lines tells "speedup": R², how far it lies above on average (relative), and in how many of
+    the n lines it lies within the interval measured."""
+    errors = [line["predicted"] / line["speedup"] - 1 for line in lines]
+    within = sum(line["ci95_low"] <= line["predicted"] <= line["ci95_high"] for line in lines)
+    r2 = r_squared([line["speedup"] for line in lines], [line["predicted"] for line in lines])
+    return {"r2": r2, "mean_error": float(np.mean(errors)), "within": within, "n": len(lines)}
+
+
 def r_squared(measured: list[float], predicted: list[float]) -> float:
     """1 − Σ(measured − predicted)² / Σ(measured − mean)², of the prediction itself, not of a line fitted to it."""
     y, f = np.array(measured), np.array(predicted)
-    return float(1 - ((y - f) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+    total = ((y - y.mean()) ** 2).sum()
+    return float(1 - ((y - f) ** 2).sum() / total) if total else float("nan")
 

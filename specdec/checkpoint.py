@@ -22,7 +22,7 @@ def save_model(model: Transformer, folder: Path, info: dict) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # incomplete from here on
-    temporary = folder / "model.safetensors.partial"
+    temporary = folder / f"model.safetensors.{os.getpid()}.partial"  # two processes may train the same model
     save_file({name: w.detach().contiguous().cpu() for name, w in model.state_dict().items()}, temporary)
     put_in_place(temporary, folder / "model.safetensors")
     write_json(folder / "config.json", {"model": asdict(model.config), "info": info})
@@ -61,7 +61,7 @@ def save_training(folder: Path, state: dict) -> None:
     """Replace the resume point by ``state`` in one step, so that a cut leaves the old or the new one, never half."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "training.pt.partial"
+    temporary = folder / f"training.pt.{os.getpid()}.partial"
     torch.save(state, temporary)
     put_in_place(temporary, folder / "training.pt")
 

@@ -8,9 +8,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .model import KVCache, ModelConfig, Transformer
+from .model import NO_TOKENS, KVCache, ModelConfig, Transformer, of_one_text
 from .native import MOST, TYPES, NativeModel, Whole, library, multiplied, sums
-from .sampling import Randomness, Rule, Sampling, block, spread
+from .sampling import Randomness, Rule, Sampling, as_written, block, spread
 
 
 class CompiledModel(Whole):
@@ -39,8 +39,6 @@ class CompiledModel(Whole):
     def read(self, ids: Tensor, cache: "PanelCache", logits: Tensor | None = None) -> None:
         """The same without the output layer, unless there is a place (T, V) for ``logits``."""
         T, ids = ids.shape[1], _long(ids)
-        if T == 0:
-            raise ValueError("there are no tokens to read; give at least one.")
         start = cache.append(T)
         for i in range(0, T, MOST):
             rows = min(MOST, T - i)
@@ -74,6 +72,8 @@ class CompiledModel(Whole):
     ) -> tuple[Tensor, Tensor]:
         if sampling.filters:
             return super().propose(unread, cache, sampling, randomness, n)
+        if not unread:
+            raise ValueError(NO_TOKENS)
         if len(unread) > 2:  # a prompt
             self.read(torch.tensor([unread[:-1]]), cache)
             unread = unread[-1:]
@@ -110,9 +110,9 @@ class PanelCache(KVCache):
 def compiled_rule(
     rule: Rule, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
 ) -> tuple[int | Tensor, Tensor]:
-    """``rule``, one of `sampling.RULES`, as one call: the same tokens for the same random numbers."""
+    """``rule``, `token_wise` or `block`, as one call: the same tokens for the same random numbers."""
     k, n_ids = draft_probs.shape
-    if not k or draft_probs.dtype != target_probs.dtype:
+    if not k or draft_probs.dtype != target_probs.dtype or not as_written(randomness):
         return rule(drafted, draft_probs, target_probs, randomness)
     q, p = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (draft_probs, target_probs))
     drafted = drafted.contiguous()
@@ -126,6 +126,7 @@ def compiled_rule(
 
 def _long(ids: Tensor) -> Tensor:
     """ids (1, T) as they lie in memory."""
+    of_one_text(ids)
     return ids if ids.dtype == torch.long and ids.is_contiguous() else ids.to(torch.long).contiguous()
 
 

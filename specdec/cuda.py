@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .model import KVCache, Transformer
+from .model import NO_TOKENS, KVCache, Transformer, of_one_text
 from .native import SIZES, Layer, Whole
-from .sampling import Randomness, Rule, Sampling, block
+from .sampling import Randomness, Rule, Sampling, as_written, block
 
 MOST, LAYERS, THREADS = 16, 64, 512  # most rows of a pass and layers of a model; threads of a block
 STATIC = 3584  # bytes of shared memory, at least what native.cu declares by itself
@@ -249,8 +249,6 @@ class CudaModel(Whole):
     def read(self, ids: Tensor, cache: KVCache, logits: Tensor | None = None) -> None:
         """The same without the output layer, unless there is a place (T, V) for ``logits``."""
         T, ids = ids.shape[1], self._long(ids)
-        if T == 0:
-            raise ValueError("there are no tokens to read; give at least one.")
         start = cache.append(T)
         for i in range(0, T, MOST):
             rows, place = min(MOST, T - i), None if logits is None else logits[i:]
@@ -285,6 +283,8 @@ class CudaModel(Whole):
         """By clusters of blocks, where that can be."""
         if self.draft is None or sampling.filters:
             return super().propose(unread, cache, sampling, randomness, n)
+        if not unread:
+            raise ValueError(NO_TOKENS)
         if len(unread) > 2:  # a prompt
             self.read(torch.tensor([unread[:-1]]), cache)
             unread = unread[-1:]
@@ -301,7 +301,7 @@ class CudaModel(Whole):
 
     def _long(self, ids: Tensor) -> Tensor:
         """ids (1, T) → (T,) on the device, as they lie in memory."""
-        return ids[0].to(self.device, torch.long, non_blocking=True).contiguous()
+        return of_one_text(ids)[0].to(self.device, torch.long, non_blocking=True).contiguous()
 
 
 def cuda_probs(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -318,8 +318,10 @@ def cuda_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 def cuda_rule(
     rule: Rule, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness: Randomness
 ) -> tuple[Tensor, Tensor]:
-    """``rule``, one of `sampling.RULES`, as one launch: the same tokens for the same random numbers."""
-    if not 0 < len(drafted) <= DRAFTS or not draft_probs.dtype == target_probs.dtype == torch.float32:
+    """``rule``, `token_wise` or `block`, as one launch: the same tokens for the same random numbers."""
+    if not (
+        0 < len(drafted) <= DRAFTS and draft_probs.dtype == target_probs.dtype == torch.float32 and as_written(randomness)
+    ):
         return rule(drafted, draft_probs, target_probs, randomness)
     k, n = draft_probs.shape
     rows = [x.contiguous() for x in (drafted, draft_probs, target_probs, randomness.uniforms(k + 1))]

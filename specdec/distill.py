@@ -1,18 +1,22 @@
 """Distillation: the draft learns the target's distribution instead of the text, because that is what alpha measures.
 
-α = 1 − TV(p, q), so total variation and −log α train the metric itself, but their gradients vanish where q is far from
-p; forward KL does not, so it goes first (DistillSpec, Zhou et al. 2023, 2310.08461; LK losses, 2602.23881). The text may
-be the data's, or what one of the models writes itself. Every comparison is against a control: the same start and steps
-with plain cross-entropy, since otherwise a gain may only be more training.
+α = 1 − TV(p, q), so total variation trains the metric itself, but its gradient vanishes where q is far from p; that of
+−log α is the same divided by α, which restores it (LK losses, 2602.23881). Forward KL goes first in either case. The text
+may be the data's, or what one of the models writes itself (DistillSpec, Zhou et al. 2023, 2310.08461, on which text and
+which divergence suit a task). Every comparison is against a control: the same start and steps with plain cross-entropy,
+since otherwise a gain may only be more training.
 """
 
 import copy
 import hashlib
+import os
 from dataclasses import asdict, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint import put_in_place
@@ -25,6 +29,7 @@ from .theory import overlap
 from .train import History, Loss, cross_entropy, has_bf16, held_out_starts, load_or_train, source_key, trained
 
 _SOURCES = source_key("distill")
+_WRITERS = source_key("data", "distill", "inference", "model", "native", "sampling")  # of a model's own text
 DIVERGENCES = ("forward-kl", "total-variation", "neg-log-alpha")
 # whose text the models are compared on while they are trained: the data's or what one of them writes; with a plus the data's,
 # and in the last phase of the schedule, half and half with them, what the target writes as it is going to be used
@@ -80,10 +85,11 @@ def load_or_distill(
     }
     own = data
     if texts != "data":
-        parts["texts"] = [texts, min(profile.own_text, profile.distillation.tokens)]
         writer = student if texts == "draft" else target
+        asked = _own_text(profile, writer, texts == "data+target")
+        parts["texts"] = [texts, *asked, _WRITERS]
         whose = f"draft-{role}" if texts == "draft" else texts  # the target writes once for all drafts
-        text = _written_once(writer, data, profile, whose, texts == "data+target")
+        text = _written_once(writer, data, profile, whose, asked)
         own = replace(data, train=np.concatenate([text, data.train[: len(text)]]) if texts == "data+target" else text)
     rows, stages = [], stages_of(profile.distillation, kind, apart=texts == "data+target")
     for i, (name, schedule) in enumerate(stages):
@@ -134,30 +140,48 @@ def written(
     return np.concatenate(out)
 
 
-def _written_once(model: Transformer, data: TokenData, profile: Profile, name: str, as_used: bool) -> np.ndarray:
-    """As much text of ``model`` as a distillation reads, or as the profile says at most, kept in a file that names what
-    made it: at temperature 1, or ``as_used`` in texts as long as the benchmark's, as many at each of its temperatures."""
+class OwnText(NamedTuple):
+    """What a model is asked to write for a distillation."""
+
+    tokens: int  # in all; as many at each temperature
+    temperatures: tuple[float, ...]
+    length: int  # of each text, its prompt included
+    prompt_tokens: int
+    seed: int
+
+
+def _own_text(profile: Profile, model: Transformer, as_used: bool) -> OwnText:
+    """As much as a distillation reads, or as the profile says at most: at temperature 1, or ``as_used`` in texts as long as
+    the benchmark's, at its temperatures."""
     schedule, bench, n = profile.distillation, profile.bench, min(profile.own_text, profile.distillation.tokens)
     temperatures = bench.temperatures if as_used else (1.0,)
     length, prompt = (bench.prompt_tokens + bench.new_tokens, bench.prompt_tokens) if as_used else (schedule.block_size, 16)
-    length = min(length, model.config.context)
+    return OwnText(n, temperatures, min(length, model.config.context), prompt, schedule.seed)
+
+
+def _written_once(model: Transformer, data: TokenData, profile: Profile, name: str, asked: OwnText) -> np.ndarray:
+    """The text of ``model`` that is ``asked`` for, kept in a file that names what made it."""
+    n, temperatures, length, prompt, seed = asked
     rows = 128 if model.device.type == "cpu" else 1024  # a GPU writes so many texts nearly as soon as one
-    key = hashlib.sha256(f"{schedule} {n} {temperatures} {length} {data.sha256} {_SOURCES}".encode())
+    key = hashlib.sha256(f"{asked} {data.sha256} {_WRITERS}".encode())
     for weight in model.parameters():  # another training, another file
         key.update(weight.detach().cpu().numpy().tobytes())
     path = build_dir() / profile.name / "tokens" / f"{name}-{key.hexdigest()[:12]}.npy"
-    if not path.exists():
+    if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
         texts = np.concatenate([
             written(
-                model, data.train, -(-n // (length * len(temperatures))), length, eot=data.eot, seed=schedule.seed + i,
+                model, data.train, -(-n // (length * len(temperatures))), length, eot=data.eot, seed=seed + i,
                 prompt_tokens=prompt, batch_size=rows, temperature=temperature,
             )
             for i, temperature in enumerate(temperatures)
         ])  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".partial"), "wb") as file:
+        unfinished = path.with_suffix(f".{os.getpid()}.partial")  # two processes may write the same text
+        with open(unfinished, "wb") as file:
             np.save(file, texts)
-        put_in_place(path.with_suffix(".partial"), path)
+        put_in_place(unfinished, path)
+    if dist.is_initialized():
+        dist.barrier()
     return np.load(path)
 
 

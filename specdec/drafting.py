@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .data import TokenData
 from .inference import Model, Whole, draw_next
-from .passes import Captured
-from .sampling import Numbers, Randomness, Sampling, spread
+from .passes import Captured, FixedShapes
+from .sampling import Numbers, Randomness, Sampling, as_written, spread
 
 
 class Draft(NamedTuple):
@@ -27,10 +27,11 @@ class Draft(NamedTuple):
 
 class Drafter(Protocol):
     """The whole contract. A decision to propose fewer than k tokens may depend on q, never on a token drawn from it:
-    dropping a drawn token changes the law of what is left."""
+    dropping a drawn token changes the law of what is left. A drafter knows one text at a time; to begin another before one
+    has ended takes another drafter."""
 
     n_ids: int  # size V of the rows of q; must equal the target's
-    context: int | None  # longest text it can read; None has no limit
+    context: int | None  # longest text it can read, drafted tokens included; None has no limit
 
     def start(self) -> None:
         """Forget everything; a new text begins."""
@@ -59,15 +60,22 @@ class DraftModel:
         self.cache = model.new_cache()
 
     def start(self) -> None:
+        if isinstance(self.model, FixedShapes):  # which reads all rows of its cache
+            self.cache = self.model.new_cache()
         self.cache.truncate(0)
+
+    def unread(self, text: list[int]) -> list[int]:
+        """The end of ``text`` that the cache lacks: usually one token. After a round in which every draft was accepted it is
+        two: the last draft was drawn but never read. Reading all that is missing, whatever it is, leaves no hole."""
+        if self.cache.length >= len(text):
+            raise ValueError("another text was begun with this drafter, which knows one at a time; give each text its own.")
+        return text[self.cache.length :]
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
         if k == 0:
             return no_draft(self.n_ids, self.model.device)
         tokens, rows = [], []
-        # Usually one token is unread. After a round in which every draft was accepted it is two: the last draft was
-        # drawn but never read. Reading all that is missing, whatever it is, leaves no hole in the cache.
-        unread = torch.tensor([text[self.cache.length :]], device=self.model.device)  # (1, 1 or 2)
+        unread = torch.tensor([self.unread(text)], device=self.model.device)  # (1, 1 or 2)
         while len(tokens) < k and self.goes_on(rows):
             token, q = self.offered(*draw_next(self.model, unread, self.cache, sampling, randomness, "draft model"))
             tokens.append(token)
@@ -90,7 +98,8 @@ class DraftModel:
 
 class AdaptiveDraftModel(DraftModel):
     """Drafts on while it is sure of itself: until the product of the largest probabilities of its rows q falls below
-    ``least``. It looks at q alone and never at what was drawn from it, and what was drawn stays, so nothing is lost."""
+    ``least``. It looks at q alone and never at what was drawn from it, and what was drawn stays, so nothing is lost. At
+    temperature 0 q is one-hot, as sure as can be, and it never stops."""
 
     def __init__(self, model: Model, *, least: float = 0.3):
         super().__init__(model)
@@ -108,9 +117,9 @@ class ChainedDraftModel(DraftModel):
     model: Whole
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
-        if k == 0:
-            return no_draft(self.n_ids, self.model.device)
-        return Draft(*self.model.propose(text[self.cache.length :], self.cache, sampling, randomness, k))
+        if k == 0 or not as_written(randomness):
+            return super().propose(text, k, sampling, randomness)
+        return Draft(*self.model.propose(self.unread(text), self.cache, sampling, randomness, k))
 
 
 def drafter_of(model: Model) -> DraftModel:
@@ -133,15 +142,16 @@ class CapturedDraftModel(DraftModel):
 
     def start(self) -> None:
         super().start()
+        self.cache.clear()
         self.longest = 0
 
     def propose(self, text: list[int], k: int, sampling: Sampling, randomness: Randomness) -> Draft:
-        if k == 0:
-            return no_draft(self.n_ids, self.model.device)
-        device, known = self.model.device, max(0, len(text) - 2)
-        if self.cache.length < known:
-            self.model(torch.tensor([text[self.cache.length : known]], device=device), self.cache)
-        last = torch.tensor([text[-2:] if known or len(text) == 2 else text * 2], device=device)  # (1, 2)
+        if k == 0 or not as_written(randomness):
+            return super().propose(text, k, sampling, randomness)
+        device, unread = self.model.device, self.unread(text)
+        if len(unread) > 2:
+            self.model(torch.tensor([unread[:-2]], device=device), self.cache)
+        last = torch.tensor([text[-2:] if len(text) > 1 else text * 2], device=device)  # (1, 2)
         positions = torch.tensor([max(0, len(text) - 2), len(text) - 1], device=device)
         self.longest = max(self.longest, k)
         width = k if (sampling, k) in self.graphs else self.longest

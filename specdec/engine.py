@@ -64,12 +64,13 @@ def generate(
     """Stream new tokens from the target alone, one forward pass each: the baseline of every comparison.
 
     Ends after ``max_new_tokens``, after a token in ``stop`` (which is emitted), or at the context limit;
-    ``trace.finish`` says which. ValueError for an empty prompt, one beyond the context, or ids it does not know.
+    ``trace.finish`` says which. ValueError for an empty prompt, one beyond the context, ids it does not know, or a target
+    with a trimmed output layer.
     """
     trace, randomness = trace or Trace(), randomness or Randomness(device=target.device)
-    limit, reason = _plan(target, prompt, max_new_tokens, target.config.context)
-    text, cache = list(prompt), target.new_cache()
-    trace.prompt, trace.finish = list(prompt), None
+    text, limit, reason = _plan(target, prompt, max_new_tokens)
+    cache = target.new_cache()
+    trace.prompt, trace.finish = list(text), None
     trace.mark()
     prefill(target, text, cache)
     trace.mark("prefill")
@@ -102,17 +103,18 @@ def speculate(
 ) -> Iterator[int]:
     """Stream tokens that follow exactly the law of `generate`, 1 to k+1 of them for each pass of the target.
 
-    As `generate`, and ``drafter`` proposes up to ``k`` ≥ 1 tokens a round while ``rule`` decides which stay.
+    As `generate`, and ``drafter`` proposes up to ``k`` ≥ 1 tokens a round while ``rule`` decides which stay. Beyond the
+    drafter's context the target goes on alone.
     """
     if k < 1:
         raise ValueError(f"k is {k}; draft at least 1 token a round, or use generate() for the target alone.")
     if drafter.n_ids != target.config.n_ids:
         raise ValueError(f"the draft knows {drafter.n_ids} ids and the target {target.config.n_ids}; use one tokenizer.")
     trace, randomness = trace or Trace(), randomness or Randomness(device=target.device)
-    context = min(target.config.context, drafter.context or target.config.context)
-    limit, reason = _plan(target, prompt, max_new_tokens, context)
-    text, cache = list(prompt), target.new_cache()
-    trace.prompt, trace.finish = list(prompt), None
+    text, limit, reason = _plan(target, prompt, max_new_tokens)
+    readable = (drafter.context or target.config.context) + 1  # the last token drafted is not read
+    cache = target.new_cache()
+    trace.prompt, trace.finish = list(text), None
     drafter.start()
     trace.mark()
     prefill(target, text, cache)
@@ -123,8 +125,8 @@ def speculate(
     while len(text) < limit:
         start = len(text)
         with no_gradients:  # not around the yields: what the reader of the stream does is not ours
-            # 1. Draft: up to k tokens from q, one after another. No more than could still be used.
-            drafted, q = drafter.propose(text, min(k, limit - start - 1), sampling, randomness)
+            # 1. Draft: up to k tokens from q, one after another. No more than could still be used, or read by the drafter.
+            drafted, q = drafter.propose(text, max(0, min(k, limit - start - 1, readable - start)), sampling, randomness)
             trace.mark("draft")
 
             # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
@@ -185,9 +187,12 @@ def _checked(token: int, n_ids: int, model: str, draft_probs: Tensor | None = No
     return token
 
 
-def _plan(target: Transformer, prompt: list[int], max_new_tokens: int, context: int) -> tuple[int, str]:
-    """The length at which the text ends, and the word for why."""
-    if not len(prompt):
+def _plan(target: Transformer, prompt: list[int], max_new_tokens: int) -> tuple[list[int], int, str]:
+    """The prompt as plain numbers, the length at which the text ends, and the word for why."""
+    prompt, context = [int(token) for token in prompt], target.config.context
+    if getattr(target, "offered", None) is not None:
+        raise ValueError("the target's output layer is trimmed, so it has no law of its own; give it with all its ids.")
+    if not prompt:
         raise ValueError("the prompt is empty; give at least one token, for example the end-of-text id.")
     if len(prompt) > context:
         raise ValueError(f"the prompt has {len(prompt)} tokens and the context {context}; shorten the prompt.")
@@ -196,4 +201,4 @@ def _plan(target: Transformer, prompt: list[int], max_new_tokens: int, context: 
     if min(prompt) < 0 or max(prompt) >= target.config.n_ids:
         raise ValueError(f"the prompt has an id outside 0 … {target.config.n_ids - 1}; use the model's own tokenizer.")
     wanted = len(prompt) + max_new_tokens
-    return (wanted, "length") if wanted <= context else (context, "context")
+    return prompt, min(wanted, context), "length" if wanted <= context else "context"

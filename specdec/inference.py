@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from .compiled import CompiledModel, compiled_rule
 from .cuda import CudaModel, cuda_rule
 from .model import KVCache, Transformer
-from .native import MOST, PanelLinear, Whole
+from .native import MOST, PanelLinear, Whole, has_library
 from .passes import EXACT_ROWS, SHORT, CapturedShapes, FixedShapes
-from .sampling import RULES, Randomness, Rule, Sampling
-from .train import can_compile, has_bf16
+from .sampling import Randomness, Rule, Sampling, as_written, block, token_wise
+from .train import has_bf16
 
 PASSES = ("eager", "compiled", "graphs")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 Model = Transformer | FixedShapes | Whole
 
 
@@ -61,7 +62,8 @@ def replace_linears(module: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -
 
 
 def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "eager", exact: bool = False) -> Model:
-    """A copy of ``model`` for decoding, called like the model itself.
+    """A copy of ``model`` for decoding, called like the model itself, with ids (1, T) of one text: batch 1, unless it is
+    eager and not ``exact``.
 
     ``dtype`` "auto" is bfloat16 where the machine multiplies it natively. ``passes`` says how short passes run:
     "eager"; "compiled", in C++ or as CUDA kernels; as CUDA "graphs", which on a CPU is the same code without the capturing.
@@ -71,17 +73,21 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
     """
     if passes not in PASSES:
         raise ValueError(f"passes is {passes!r}; choose {', '.join(PASSES)}.")
+    if not isinstance(model, Transformer) or isinstance(model.head, PackedLinear):
+        raise ValueError("the model was made ready before; give the one that it was made from.")
     if passes == "compiled" and model.device.type not in ("cpu", "cuda"):
         raise ValueError(f"compiled passes are for CPUs and CUDA, not for {model.device.type}; choose eager.")
     if dtype == "auto":
         dtype = torch.bfloat16 if has_bf16(model.device) else torch.float32
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    elif (name := str(dtype).removeprefix("torch.")) not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; choose auto, {', '.join(DTYPES)}.")
+    else:
+        dtype = getattr(torch, name)
     model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
-    if passes == "compiled" and can_compile(model.device):
+    if passes == "compiled" and can_be_compiled(model.device):
         return CudaModel(model) if model.device.type == "cuda" else CompiledModel(model)
     if can_pack(dtype, model.device):
-        replace_linears(model, SplitLinear if dtype == torch.float32 and can_compile() else PackedLinear)
+        replace_linears(model, SplitLinear if dtype == torch.float32 and has_library() else PackedLinear)
     sizes = (EXACT_ROWS,) if exact else tuple(range(1, SHORT + 1))
     if passes == "graphs":
         return CapturedShapes(model, model.forward_at, sizes)
@@ -90,11 +96,16 @@ def ready(model: Transformer, dtype: str | torch.dtype = "auto", passes: str = "
 
 @cache
 def ready_rule(rule: Rule, passes: str = "eager", device: str | torch.device = "cpu") -> Rule:
-    """The same ``rule``, for the same tokens of the same random numbers, as quick as ``passes`` says. Only those of
-    `RULES` have a faster form."""
-    if passes != "compiled" or rule not in RULES.values() or not can_compile(device):
+    """The same ``rule``, for the same tokens of the same random numbers, as quick as ``passes`` says. Only `token_wise`
+    and `block` have a faster form."""
+    if passes != "compiled" or rule not in (token_wise, block) or not can_be_compiled(device):
         return rule
     return partial(cuda_rule if torch.device(device).type == "cuda" else compiled_rule, rule)
+
+
+def can_be_compiled(device: str | torch.device) -> bool:
+    """Whether there are compiled passes here."""
+    return torch.device(device).type == "cuda" or has_library()
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -108,10 +119,15 @@ def trimmed(model: Transformer, ids: Tensor) -> Transformer:
     """A copy of a draft whose output layer offers only ``ids`` (N,): its logits are (…, N), in that order.
 
     Lossless like any draft, since q is zero elsewhere; what it costs is acceptance (FR-Spec, Zhao et al. 2025).
+    ValueError for ids that are none, repeated or unknown, and for a model that was trimmed before.
     """
+    if model.offered is not None:
+        raise ValueError("the draft's output layer was trimmed before; give the draft with all of it.")
+    if not len(ids) or len(ids.unique()) < len(ids):
+        raise ValueError("the draft is to offer no id at all, or one of them twice; give at least one, each once.")
     if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.n_ids:
         raise ValueError(f"the draft is to offer an id outside 0 … {model.config.n_ids - 1}; give ids of the tokenizer.")
-    model = copy.deepcopy(model)
+    model, ids = copy.deepcopy(model), ids.long()
     head = nn.Linear(model.config.width, len(ids), bias=False, device="meta")
     head.weight = nn.Parameter(model.head.weight.detach()[ids])
     model.head = head
@@ -130,7 +146,7 @@ def draw_next(
 ) -> tuple[Tensor, Tensor]:
     """The token (1,) that follows ids (1, T), which continue the text in ``cache``, and the row it was drawn from: (1, V),
     or (1, N) of a model with a trimmed output layer. ``name`` is whom to blame for a logit that is not finite."""
-    if isinstance(model, Whole) and isinstance(randomness, Randomness):  # a test's oracle chooses by itself
+    if isinstance(model, Whole) and as_written(randomness):  # a test's oracle chooses by itself
         return model.draw(ids, cache, sampling, randomness)
     with torch.inference_mode():
         token, probs = sampling.draw(model(ids, cache)[0, -1, : model.config.n_ids], randomness, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 
 Rows = Tensor | tuple[Tensor, ...]  # cached keys or values by layer: one block, or a tensor for each
+NO_TOKENS = "there are no tokens to read; give at least one."
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class KVCache:
         if length < 0:
             raise ValueError(f"cannot truncate a cache to {length} tokens.")
         self.length = min(self.length, length)
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Forget the rows too: a pass of fixed shape multiplies those after the text by 0, and 0 · NaN is NaN."""
+        self.length = 0
+        self.k.zero_(), self.v.zero_()
 
 
 class Attention(nn.Module):
@@ -167,7 +174,7 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T); with a cache the tokens continue the text in it and are added to it."""
         if ids.shape[1] == 0:
-            raise ValueError("there are no tokens to read; give at least one.")
+            raise ValueError(NO_TOKENS)
         if cache is None:
             if ids.shape[1] > self.config.context:
                 raise ValueError(f"{ids.shape[1]} tokens exceed the context of {self.config.context}; shorten the text.")
@@ -179,7 +186,7 @@ class Transformer(nn.Module):
         """`forward` with every shape fixed, for torch.compile and CUDA graphs: where the tokens go is data.
 
         ``positions`` (T,) are rows of a cache's ``keys`` and ``values``, for each layer (B, K, S, D). All S rows are
-        read and those after a token's own are masked, so that whatever is in them does not matter.
+        read and those after a token's own are masked, so that whatever numbers are in them do not matter.
         """
         return self._forward(ids, keys, values, positions, keys[0].shape[2])
 
@@ -194,6 +201,15 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.blocks):
             x = layer(x, rotary, mask, None if keys is None else (keys[i], values[i]), at, end)
         return self.head(self.norm(x))  # (B, T, V)
+
+
+def of_one_text(ids: Tensor) -> Tensor:
+    """``ids`` (1, T), for passes that know no batch; ValueError for ids of several texts, or none."""
+    if ids.shape[0] != 1:
+        raise ValueError(f"{ids.shape[0]} texts were given to a model that reads one; give ids of shape (1, T).")
+    if not ids.shape[1]:
+        raise ValueError(NO_TOKENS)
+    return ids
 
 
 def rotary_tables(context: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:

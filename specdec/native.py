@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import warnings
 from ctypes import POINTER, Structure, c_bool, c_double, c_int, c_long, c_void_p
 from functools import cache
 from pathlib import Path
@@ -18,10 +19,11 @@ from .checkpoint import put_in_place
 from .data import build_dir
 from .model import KVCache, Transformer
 from .sampling import Randomness, Sampling, spread
+from .train import can_compile, compiler
 
 MOST = 32  # as in native.cpp: most rows of a pass
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16: of the weights; sums are float32
-# the second: a single chain of sums is to be fused like several, so that a row has the same bits in any company
+# of GCC; the second: a single chain of sums is to be fused like several, so that a row has the same bits in any company
 FLAGS = ("-ftree-loop-vectorize", "--param=avoid-fma-max-bits=0", "-Wno-psabi")
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -34,21 +36,22 @@ def sums(dtype: torch.dtype) -> torch.dtype:
 def library_path() -> Path:
     """Where it is kept: another machine, torch or source has another one."""
     processor = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
-    machine = torch.__version__, processor, FLAGS, _SOURCE.read_text()
+    machine = torch.__version__, processor, compiler(), FLAGS, _SOURCE.read_text()
     return build_dir() / "native" / f"native-{hashlib.sha256(repr(machine).encode()).hexdigest()[:12]}.so"
 
 
 def build(path: Path) -> None:
     """Compile into ``path``, which is there completely or not at all, with the options of torch's own compiler."""
     from torch._inductor import config  # not above: it takes seconds to import
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, is_gcc
 
     path.parent.mkdir(parents=True, exist_ok=True)
     contract = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply and add in one instruction
+    own = {"cpp.cxx": (None, compiler())}
     # not in the project's own folders, whose names may have spaces
-    with tempfile.TemporaryDirectory() as folder, config.patch(contract):
+    with tempfile.TemporaryDirectory() as folder, config.patch(contract | own):
         source = shutil.copy(_SOURCE, folder)
-        builder = CppBuilder("native", source, CppTorchOptions(extra_flags=FLAGS), folder)
+        builder = CppBuilder("native", source, CppTorchOptions(extra_flags=FLAGS if is_gcc() else ()), folder)
         builder.build()
         partial = shutil.copy(builder.get_target_file_path(), path.with_suffix(f".{os.getpid()}"))
         put_in_place(partial, path)
@@ -75,6 +78,20 @@ def library() -> ctypes.CDLL:
         setattr(loaded, name, function)
     loaded.pairs, loaded.lanes = bool(loaded.specdec_pairs()), loaded.specdec_lanes()
     return loaded
+
+
+@cache
+def has_library() -> bool:
+    """Whether there is `library`, compiled if need be. A compiler that fails at it is warned of, once."""
+    if not can_compile():
+        return False
+    try:
+        library()
+    except (OSError, RuntimeError) as error:
+        reason = f"{compiler()}: {type(error).__name__}"
+        warnings.warn(f"native.cpp cannot be compiled ({reason}), so decoding is slower; set CXX to GCC 12 or newer.", stacklevel=2)
+        return False
+    return True
 
 
 def multiplied(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .model import KVCache, Transformer
+from .model import KVCache, Transformer, of_one_text
 
 EXACT_ROWS = 16  # an exact model computes every short pass as this many rows, so k is at most 15
 SHORT = EXACT_ROWS + 1  # passes over more tokens are prefill, and run as they are
@@ -27,7 +27,7 @@ class FixedShapes:
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Logits (1, T, V), as of the model itself."""
-        T = ids.shape[1]
+        T = of_one_text(ids).shape[1]
         size = next((n for n in self.sizes if n >= T), None)
         if size is None:
             if cache.length and self.sizes == (EXACT_ROWS,):
@@ -54,7 +54,7 @@ class CapturedShapes(FixedShapes):
 
     def new_cache(self) -> KVCache:
         self.cache = copy.copy(self.cache)  # the same rows under a new length: who holds the old one is told so
-        self.cache.truncate(0)
+        self.cache.clear()
         return self.cache
 
     def read(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:

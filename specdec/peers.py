@@ -19,7 +19,7 @@ from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Sampling
 
-KINDS = {"alone": "generate", "draft": "assisted", "lookup": "prompt_lookup"}  # ours, and their name for it
+KINDS = ("alone", "draft", "lookup")  # transformers: generate, the same with an assistant model, or with prompt lookup
 
 
 def transformers():

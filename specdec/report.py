@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 import torch
 
+from .bench import acceptance
 from .data import write_json
 
 _PALETTE = sns.color_palette("colorblind")
@@ -27,8 +28,12 @@ COLORS = {  # one meaning, one colour, everywhere
     "draft": _PALETTE[1],
     "speculative": _PALETTE[2],
     "rejected": _PALETTE[3],
+    "small": _PALETTE[1],
     "medium": _PALETTE[4],
     "lookup": _PALETTE[5],
+    "small distilled": _PALETTE[2],
+    "small control": "0.6",
+    "medium distilled": _PALETTE[6],
     "unused": "0.88",
     "theory": "0.3",
 }
@@ -37,26 +42,27 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PROOF_BEGIN, PROOF_END = "<!-- lossless:begin -->", "<!-- lossless:end -->"
 _CELL = {"value": None, "ci95": None, "k": None}
+_BOTH = {"T0": _CELL, "T1": _CELL}
 HEADLINE = {  # the figures that the README quotes; null until measured
-    "speedup": {"T0": _CELL, "T1": _CELL},
-    "speedup_distilled": {"T0": _CELL, "T1": _CELL},
+    "speedup": _BOTH,
+    "speedup_distilled": _BOTH,
     "speedup_block": {"T1": _CELL},  # the block rule, which at temperature 0 decides the same
     "speedup_distilled_block": {"T1": _CELL},
     "tokens_per_second": {"A": None, "B": None, "C": None},
-    "alpha": {"T0": None, "T1": None},
-    "alpha_distilled": {"T0": None, "T1": None},
-    "alpha_control": {"T0": None, "T1": None},
+    "alpha": _BOTH,  # accepted ÷ examined where the speed-up is measured
+    "alpha_distilled": _BOTH,
+    "alpha_control": _BOTH,
     "tokens_per_round": {"T0": None, "T1": None},
+    "tokens_per_round_distilled": {"T0": None, "T1": None},
     "c": None,
     "v5": None,
     "v9": None,
     "o": None,
-    "prediction_r2": None,
+    "prediction": {"sweep": None, "fresh": None},
     "roofline_fraction": None,
-    "aa_ratio": None,
-    "lossless": {"checks": None, "failed": None, "controls": None, "controls_rejected": None},
-    "peers": {"transformers_generate": None, "transformers_assisted": None, "transformers_prompt_lookup": None},
-    "provenance": None,
+    "aa": {"T0": None, "T1": None},
+    "lossless": {"checks": None, "failed": None, "mistakes": None, "controls": None, "controls_rejected": None},
+    "provenance": None,  # of all but lossless and roofline, which files of their own have
 }
 
 
@@ -118,6 +124,11 @@ def load_rows(profile: str, experiment: str) -> list[dict]:
         return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+def color_of(drafter: str) -> str | tuple:
+    """The colour of a drafter's curve; one that the report does not know is black."""
+    return COLORS.get(drafter, "black")
+
+
 def break_even(axis, vertical: bool = False) -> None:
     """A thin line at 1, with its name outside, where no curve runs through it."""
     (axis.axvline if vertical else axis.axhline)(1, color="0.5", linewidth=0.8)
@@ -136,14 +147,15 @@ def save_figure(figure, profile: str, name: str) -> Path:
     return path
 
 
-def update_headline(profile: str, **values) -> Path:
-    """Merge ``values`` into ``headline.json``; what is not known yet stays null. ValueError for an unknown key."""
+def update_headline(profile: str, origin: dict | None = None, **values) -> Path:
+    """Merge ``values`` into ``headline.json``, and the provenance ``origin`` if it is given; what is not known yet stays null.
+    ValueError for an unknown key."""
     path = results_dir() / profile / "headline.json"
     current = HEADLINE | (json.loads(path.read_text()) if path.exists() else {})
     unknown = set(values) - set(HEADLINE)
     if unknown:
         raise ValueError(f"the headline has no {', '.join(sorted(unknown))}; its keys are {', '.join(HEADLINE)}.")
-    current |= _plain(values) | {"provenance": provenance(profile)}
+    current |= _plain(values) | ({} if origin is None else {"provenance": origin})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {key: current[key] for key in HEADLINE})
     return path
@@ -170,7 +182,7 @@ def provenance(profile: str, *, seed: int | None = None, seconds: float | None =
         "machine": machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "bf16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "versions": versions,
         "seed": seed,
         "seconds": seconds,
@@ -200,9 +212,10 @@ def readme_block() -> str:
         parts.append(_origin(profile))
         parts.append(_headline_tables(HEADLINE | json.loads(path.read_text()), _data_type(profile)))
         parts.append(_caveat(profile))
-        for name in ("headline", _experiment(profile)):
+        for name, caption in (("headline", ""), (_experiment(profile), "Points: the sweep over k, with its intervals; dashed: predicted.\n")):
             if (results_dir() / profile / f"{name}.png").exists():
                 parts.append(f"![{name} figure](results/{profile}/{name}.png)\n")
+                parts.append(caption)
         parts.append(_other_run(profile))
         parts.append(_drafts_table(profile))
         parts.append(_elsewhere_table(profile))
@@ -239,10 +252,17 @@ def record_proof(profile: str, rows: list[dict], *, params: dict, seconds: float
     update_headline(profile, lossless={
         "checks": len(checks),
         "failed": sum(r["figure"] > r["bound"] for r in checks),
+        "mistakes": len(_mistakes(controls)),
         "controls": len(controls),
         "controls_rejected": sum(r["figure"] > r["bound"] for r in controls),
     })  # fmt: skip
     return record(profile, "lossless", params=params, values={"table": rows}, rows=rows, seconds=seconds)
+
+
+def _mistakes(controls: list[dict]) -> set[str]:
+    """The mistakes among the controls, each once: where one was tried stands in brackets behind its name, and a target that is
+    off tries what a test can see."""
+    return {r["name"].split(" (")[0] for r in controls if not r["name"].startswith("a target off")}
 
 
 def proof_block(profile: str = "cpu") -> str:
@@ -255,7 +275,8 @@ def proof_block(profile: str = "cpu") -> str:
     failed, passed = sum(r["figure"] > r["bound"] for r in checks), sum(r["figure"] <= r["bound"] for r in controls)
     lines = [
         f"`make proof` found {failed or 'none'} of {len(checks)} figures outside its bound. "
-        f"Of {len(controls)} deliberate mistakes, run through the same checks, {passed or 'none'} passed unnoticed.",
+        f"{len(_mistakes(controls))} deliberate mistakes were run through the same checks, some of them in several places, and beside "
+        f"them targets that are off by what a test claims to see: of these {len(controls)} controls {passed or 'none'} passed unnoticed.",
         "",
         "| what was compared | figures | largest | bound | looked at |",
         "|---|---|---|---|---|",
@@ -283,18 +304,16 @@ def _data_type(profile: str) -> str:
 
 
 def _other_run(profile: str) -> str:
-    """What the draft as trained reached in the figure's own run, which is not the table's; empty if there was none."""
-    try:
-        lines = {t: cells["as trained"] for t, cells in load(profile, "distillation")["values"]["summary"].items()}
-    except (ValueError, KeyError):
+    """What the draft as trained reached in the run of notebook 06, which is not the table's; empty if there was none."""
+    best = (_finished(profile, "benchmark") or {"values": {}})["values"].get("best", {})
+    lines = {t: best.get(f"small T={t}") for t in (0, 1)}
+    if not all(lines.values()) or not (results_dir() / profile / "benchmark_distilled.json").exists():
         return ""
-    speeds = " and ".join(
-        f"{c['speedup']:.2f}× [{c['ci95_low']:.2f}, {c['ci95_high']:.2f}] at temperature {t[1:]} (k = {c['k']})" for t, c in lines.items()
-    )
+    speeds = " and ".join(f"{_speed(line)} at temperature {t} (k = {line['k']})" for t, line in lines.items())
     return (
-        "The figure is of notebook 07, where all drafts ran in turns; the draft as trained reached "
-        f"{speeds} there. The table has it from notebook 06: two runs differ by more than the intervals, "
-        "which know the prompts but not the machine's moods.\n"
+        f"Table and figure are of notebook 07, where all small drafts ran in turns. In notebook 06, minutes before, the draft as "
+        f"trained reached {speeds}: two runs may differ by more than the intervals, which know the prompts but not "
+        "the machine's moods.\n"
     )
 
 
@@ -340,6 +359,11 @@ def _origin(profile: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def _commit(origin: dict) -> str:
+    """The commit of a result, and whether the code was exactly that."""
+    return f"{origin['commit']}{ {False: '', True: ' with changes', None: ', perhaps with changes'}[origin['dirty']]}"
+
+
 def _speed(line: dict | None) -> str:
     """A speed-up and its interval."""
     return f"{line['speedup']:.2f}× [{line['ci95_low']:.2f}, {line['ci95_high']:.2f}]" if line else "—"
@@ -350,15 +374,22 @@ def _drafts_table(profile: str) -> str:
     result = _finished(profile, _experiment(profile))
     if result is None:
         return ""
-    alpha, best, as_block = (result["values"].get(key, {}) for key in ("alpha", "best", "as_block"))
-    names = [name for key in alpha for name, _, temperature in [key.partition(" T=")] if temperature == "1"]
+    best, as_block = (result["values"].get(key, {}) for key in ("best", "as_block"))
+    names = [name for key in best for name, _, temperature in [key.partition(" T=")] if temperature == "1" and "k" in best[key]]
     if len(names) < 2:
         return ""
+    rows = load_rows(profile, _experiment(profile))
 
-    lines = ["All drafts in the same turns, α at the examined positions:", "",
+    def rate(name, t):
+        arm = f"C {name} k={best[f'{name} T={t}']['k']}"
+        mine = [r for r in rows if (r["part"], r["temperature"], r["arm"]) == ("final", t, arm)]
+        value = acceptance(mine, arm)
+        return f"{value['value']:.2f} [{value['ci95'][0]:.2f}, {value['ci95'][1]:.2f}]"
+
+    lines = ["All drafts in the same turns, on the same fresh prompts:", "",
              "| draft | α, T = 0 | α, T = 1 | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name in names:
-        rates = " | ".join(f"{alpha[f'{name} T={t}']:.2f}" for t in (0, 1))
+        rates = " | ".join(rate(name, t) for t in (0, 1))
         found = best.get(f"{name} T=0"), best.get(f"{name} T=1"), as_block.get(f"{name} T=1")
         speeds = " | ".join(_speed(line) + (f", k = {line['k']}" if line else "") for line in found)
         lines.append(f"| {name} | {rates} | {speeds} |")
@@ -380,7 +411,7 @@ def _elsewhere_table(profile: str) -> str:
         params, origin = result["params"], result["provenance"]
         how += f", distilled as in `{params['drafts']}.json`" if "drafts" in params else ""
         how += f"; {params['remark']}" if "remark" in params else ""
-        lines.append(f"| {how} | {origin['machine']}, {origin['commit']} | {params['n_prompts']} × {params['new_tokens']}, {n_sweep} "
+        lines.append(f"| {how} | {origin['machine']}, {_commit(origin)} | {params['n_prompts']} × {params['new_tokens']}, {n_sweep} "
                      f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(map(_speed, cells))} |")  # fmt: skip
     if not lines:
         return ""
@@ -421,8 +452,16 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
     def number(value, digits=2):
         return "not measured yet" if value is None else f"{value:.{digits}f}"
 
-    def pair(key):
-        return f"{number(h[key]['T0'])} | {number(h[key]['T1'])}"
+    def interval(cell, digits=2):
+        return "not measured yet" if not cell or cell["value"] is None else (
+            f"{cell['value']:.{digits}f} [{cell['ci95'][0]:.{digits}f}, {cell['ci95'][1]:.{digits}f}]")  # fmt: skip
+
+    def pair(key, show):
+        return f"{show(h[key]['T0'])} | {show(h[key]['T1'])}"
+
+    def errors(found):
+        return "not measured yet" if not found else (
+            f"R² = {number(found['r2'])}, {found['mean_error']:+.0%} on average, {found['within']} of {found['n']} within the interval")  # fmt: skip
 
     seconds, lossless = h["tokens_per_second"], h["lossless"]
     lines = [
@@ -433,27 +472,31 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         f"| speed-up C ÷ A, small draft distilled | {speed(h['speedup_distilled']['T0'])} "
         f"| {speed(h['speedup_distilled']['T1'])} |",
         f"| the same, drafts judged as a block | as above: both rules agree | {speed(h['speedup_distilled_block']['T1'])} |",
-        f"| α at the examined positions of generated text, as trained | {pair('alpha')} |",
-        f"| the same, distilled | {pair('alpha_distilled')} |",
-        f"| the same, control: equal extra steps of cross-entropy | {pair('alpha_control')} |",
-        f"| tokens per round, as trained | {pair('tokens_per_round')} |",
+        f"| α, as trained | {pair('alpha', interval)} |",
+        f"| α, distilled | {pair('alpha_distilled', interval)} |",
+        f"| α, control: equal extra steps of cross-entropy | {pair('alpha_control', interval)} |",
+        f"| tokens per round, as trained | {pair('tokens_per_round', number)} |",
+        f"| tokens per round, distilled | {pair('tokens_per_round_distilled', number)} |",
+        f"| the target against itself, A ÷ A | {pair('aa', lambda cell: interval(cell, 3))} |",
         "",
-        f"Tokens per second at temperature 1: A (target alone) {number(seconds['A'], 0)}, B (draft alone) "
-        f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step: draft step "
-        f"c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the "
-        f"decision o = {number(h['o'], 3)}. The target against itself (A/A): {number(h['aa_ratio'], 3)}. Predicted against "
-        f"measured speed-up: R² = {number(h['prediction_r2'])}.",
+        f"Tokens per second at temperature 1, draft as trained: A (target alone) {number(seconds['A'], 0)}, B (draft alone) "
+        f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step, timed beside the sweep over k: "
+        f"draft step c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the "
+        f"decision o = {number(h['o'], 3)}. (c is less than A ÷ B, since B draws one token a call, and C all drafts of a round.)",
+        "",
+        f"Speed-up predicted from costs and acceptance against measured: in the sweep, which both come from, "
+        f"{errors(h['prediction']['sweep'])}; on the fresh prompts {errors(h['prediction']['fresh'])}.",
         "",
     ]
     if lossless["checks"] is not None:
         lines += [
-            f"Losslessness: {lossless['checks']} checks, {lossless['failed']} failed; {lossless['controls']} deliberate mistakes, "
-            f"{lossless['controls_rejected']} rejected.",
+            f"Losslessness: {lossless['checks']} checks, {lossless['failed']} failed; {lossless['mistakes']} deliberate mistakes in "
+            f"{lossless['controls']} controls, {lossless['controls_rejected']} of them rejected.",
             "",
         ]
     if h["provenance"]:
         p = h["provenance"]
-        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{data_type}.", ""]
+        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{data_type}, commit {_commit(p)}.", ""]
     return "\n".join(lines)
 
 
@@ -510,7 +553,7 @@ def _recipes_table(profile: str) -> str:
 
 def _losing_cells(profile: str) -> str:
     """Of the sweeps over k, and of each drafter at the k picked, when it was measured again."""
-    measured = load_rows(profile, f"{_experiment(profile)}_cells") + load_rows(profile, "distillation_cells")
+    measured = load_rows(profile, f"{_experiment(profile)}_cells") + load_rows(profile, "benchmark_distilled_cells")
     measured = [c for c in measured if isinstance(c.get("k"), float)]
     if not measured:
         return ""

@@ -4,11 +4,12 @@ For machines that are lent by the minute. Whatever is finished is found and skip
 up again, and no notebook kernel is needed; the notebooks find the same models afterwards.
 """
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -79,13 +80,14 @@ def reproduce(
         say(f"{label_}: validation loss {histories[label_].validation_loss:.3f}, {histories[label_].seconds:.0f} s")
     record_distillation(profile, models, histories, data)
     origin = "local text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
-    run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)}}
+    run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)},
+           "weights": {name: fingerprint(model) for name, model in models.items()}}  # fmt: skip
     if is_done(profile, "roofline", run):
         say("roofline: done before")
     else:
         record_roofline(profile, models, run)
     for experiment, (settings, where, drafts) in stages(profile.bench, device).items():
-        if is_done(profile, experiment, run):
+        if is_done(profile, experiment, described(settings) | run):
             say(f"{experiment}: done before")
             continue
         with two_cores(where != device):
@@ -95,7 +97,7 @@ def reproduce(
             result = measure(chosen, data, settings, where, keep)
         record_benchmark(profile, result, settings, experiment=experiment, run=run)
         if experiment == "benchmark":
-            update_headline(profile, result)
+            update_headline(profile.name)
         for key, best in result.best.items():
             say(f"{experiment} {key}: {best['tokens_per_second']:.0f} tokens/s, {best['speedup']:.2f}× the target alone"
                 + (f", {result.as_block[key]['speedup']:.2f}× by the block rule" if key in result.as_block else ""))  # fmt: skip
@@ -114,9 +116,12 @@ def budget(
     is taken up again has to find the schedules that it began with."""
     if not minutes > 0:
         raise ValueError(f"{minutes} minutes are no budget; give more than 0.")
-    plan, request = build_dir() / base / "plan.json", {"minutes": minutes, "source": path, "drafts": list(drafts)}
-    if plan.exists() and (known := json.loads(plan.read_text()))["request"] == request:
-        return known["tokens"]
+    plan = build_dir() / base / "plan.json"
+    request = {"minutes": minutes, "source": path, "drafts": list(drafts), "machine": report.machine(), "device": str(device)}
+    with suppress(OSError, ValueError):  # none, or a damaged one
+        known = json.loads(plan.read_text())
+        if known["request"] == request:
+            return known["tokens"]
     profile = get_profile(base if not path else f"{base}@{label(PROFILES[base].schedules['target'].tokens)}:{path}")
     data = tokens_for(profile)
     seconds = sum(training_seconds(profile, data, device, say, drafts).values())
@@ -303,11 +308,27 @@ def record_roofline(profile: Profile, models: dict[str, Transformer], run: dict)
     report.record(profile.name, "roofline", params=run, values={"steps": steps}, rows=steps)
 
 
-def is_done(profile: Profile, experiment: str, run: dict) -> bool:
+def fingerprint(model: Transformer) -> str:
+    """Of the weights, whatever machine they are on."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def is_done(profile: Profile, experiment: str, params: dict) -> bool:
+    """Whether just this was measured on a machine like this one: a clone brings results of other runs along."""
     try:
-        return report.load(profile.name, experiment)["params"].get("run") == run["run"]
+        known = report.load(profile.name, experiment)
     except ValueError:
         return False
+    return known["params"] == json.loads(json.dumps(params)) and known["provenance"]["machine"] == report.machine()
+
+
+def described(settings: BenchConfig) -> dict:
+    """What of the settings is recorded with a benchmark."""
+    shown = ("n_prompts", "new_tokens", "ks", "n_sweep_prompts", "repeats", "dtype", "passes", "draft_ids")
+    return {key: value for key, value in asdict(settings).items() if key in shown}
 
 
 def record_benchmark(
@@ -316,14 +337,13 @@ def record_benchmark(
 ) -> None:  # fmt: skip
     """``<experiment>.json`` with its raw rows, ``<experiment>_cells`` with one line per drafter, temperature and k, and
     the figure of those. Without ``run`` the experiment does not count as done; one that is not ``finished`` says so."""
-    shown = ("n_prompts", "new_tokens", "ks", "n_sweep_prompts", "repeats", "dtype", "passes", "draft_ids")
     report.record(
-        profile.name, experiment,
-        params={key: value for key, value in asdict(settings).items() if key in shown} | (run or {}) | ({} if finished else {"unfinished": True}),
+        profile.name, experiment, params=described(settings) | (run or {}) | ({} if finished else {"unfinished": True}),
         values={
             "best": result.best, "as_block": result.as_block, "best_k": result.best_k, "aa": result.aa, "alpha": result.alpha,
-            "acceptance_by_position": result.by_position, "prediction_r2": result.r2,
+            "acceptance_by_position": result.by_position, "prediction": {"sweep": result.sweep_errors, "fresh": result.fresh_errors},
             "costs": {key: asdict(costs) for key, costs in result.costs.items()},
+            "final_costs": {key: asdict(costs) for key, costs in result.final_costs.items()},
         },
         rows=result.rows, seed=settings.seed,
     )  # fmt: skip
@@ -340,12 +360,12 @@ def speedups(cells: list[dict]) -> Figure:
     temperatures, drafts = (sorted({cell[key] for cell in cells}) for key in ("temperature", "draft"))
     figure, axes = plt.subplots(1, len(temperatures), figsize=(8, 3.4), sharey=True, squeeze=False)
     for axis, temperature in zip(axes[0], temperatures):
-        for i, draft in enumerate(drafts):
+        for draft in drafts:
             mine = [cell for cell in cells if (cell["temperature"], cell["draft"]) == (temperature, draft)]
             ks = [cell["k"] for cell in mine]
             y, low, high = (np.array([cell[key] for cell in mine]) for key in ("speedup", "ci95_low", "ci95_high"))
-            axis.errorbar(ks, y, [(y - low).clip(0), (high - y).clip(0)], fmt="o-", color=f"C{i}", label=draft)
-            axis.plot(ks, [cell["predicted"] for cell in mine], "--", color=f"C{i}", alpha=0.6)
+            axis.errorbar(ks, y, [(y - low).clip(0), (high - y).clip(0)], fmt="o-", color=report.color_of(draft), label=draft)
+            axis.plot(ks, [cell["predicted"] for cell in mine], "--", color=report.color_of(draft), alpha=0.6)
         report.break_even(axis)
         axis.set(xlabel="k, drafted tokens per round", title=f"temperature {temperature:g}", ylim=(0, None))
     axes[0, 0].set(ylabel="speed-up, C ÷ A")
@@ -353,34 +373,58 @@ def speedups(cells: list[dict]) -> Figure:
     return figure
 
 
-def update_headline(profile: Profile, result: bench.Benchmark, draft: str = "small") -> None:
-    """What the README quotes: ``draft`` as trained and, where they were measured, distilled and its control."""
+def update_headline(
+    profile: str, experiment: str = "benchmark", *, trained: str = "small", distilled: str = "small distilled",
+    control: str = "small control",
+) -> None:  # fmt: skip
+    """What the README quotes, out of what ``experiment`` left in ``results/``: the small draft as trained and, where they were
+    measured, distilled and its control, by the names that they have there."""
+    measured = report.load(profile, experiment)
+    values, rows = measured["values"], report.load_rows(profile, experiment)
+    cells = [cell for cell in report.load_rows(profile, f"{experiment}_cells") if "predicted" in cell and cell["predicted"] != ""]
+    temperatures = [key.partition("T=")[2] for key in values["aa"]]
 
     def speeds(name, table):
-        lines = {f"T{t:g}": table[f"{name} T={t:g}"] for t in profile.bench.temperatures if f"{name} T={t:g}" in table}
+        lines = {f"T{t}": table[f"{name} T={t}"] for t in temperatures if f"{name} T={t}" in table}
         return {t: {"value": b["speedup"], "ci95": [b["ci95_low"], b["ci95_high"]], "k": b["k"]} for t, b in lines.items()}
 
-    def by_temperature(table, name):
-        return {f"T{t:g}": table[f"{name} T={t:g}"] for t in profile.bench.temperatures}
+    def alphas(name):
+        out = {}
+        for t in temperatures:
+            k = values["best"][f"{name} T={t}"]["k"]
+            mine = [row for row in rows if row["part"] == "final" and row["temperature"] == float(t)]
+            out[f"T{t}"] = bench.acceptance(mine, f"C {name} k={k}") | {"k": k}
+        return out
 
-    best, costs = by_temperature(result.best, draft), result.costs[f"{draft} T=1"]
-    values = {
-        "speedup": speeds(draft, result.best),
-        "speedup_block": speeds(draft, result.as_block),
+    def fresh(key, line):  # runs before this was timed have the prediction of the sweep
+        name, _, t = key.partition(" T=")
+        same = (c["predicted"] for c in cells if (c["draft"], c["temperature"], c["k"]) == (name, float(t), line["k"]))
+        return {"predicted": next(same)} | line
+
+    best, costs = {f"T{t}": values["best"][f"{trained} T={t}"] for t in temperatures}, values["costs"][f"{trained} T=1"]
+    drafted, v = {int(k): x for k, x in costs["drafts"].items()}, {int(m): x for m, x in costs["v"].items()}
+    quoted = {
+        "speedup": speeds(trained, values["best"]),
+        "speedup_block": speeds(trained, values["as_block"]),
         "tokens_per_second": {
-            "A": result.best["target T=1"]["tokens_per_second"],
+            "A": values["best"]["target T=1"]["tokens_per_second"],
             "B": best["T1"]["draft_alone"]["tokens_per_second"],
             "C": best["T1"]["tokens_per_second"],
         },
-        "alpha": by_temperature(result.alpha, draft),
-        "tokens_per_round": {t: b["tokens_per_round"] for t, b in best.items()},
-        "c": costs.c, "v5": costs.v.get(5), "v9": costs.v.get(9), "o": costs.o,
-        "prediction_r2": result.r2,
-        "aa_ratio": result.aa["T=1"]["value"],
+        "alpha": alphas(trained),
+        "tokens_per_round": {t: line["tokens_per_round"] for t, line in best.items()},
+        "c": bench.Costs(costs["step_seconds"], drafted, v, costs["o"]).c, "v5": v.get(5), "v9": v.get(9), "o": costs["o"],
+        "prediction": {
+            "sweep": bench.agreement(cells),
+            "fresh": bench.agreement([fresh(key, line) for key, line in values["best"].items() if "k" in line]),
+        },
+        "aa": {f"T{t}": values["aa"][f"T={t}"] for t in temperatures},
     }  # fmt: skip
-    if f"{draft} distilled T=1" in result.alpha:
-        values["speedup_distilled"] = speeds(f"{draft} distilled", result.best)
-        values["speedup_distilled_block"] = speeds(f"{draft} distilled", result.as_block)
-        values["alpha_distilled"] = by_temperature(result.alpha, f"{draft} distilled")
-        values["alpha_control"] = by_temperature(result.alpha, f"{draft} control")
-    report.update_headline(profile.name, **values)
+    if f"{distilled} T=1" in values["best"]:
+        quoted |= {
+            "speedup_distilled": speeds(distilled, values["best"]),
+            "speedup_distilled_block": speeds(distilled, values["as_block"]),
+            "alpha_distilled": alphas(distilled), "alpha_control": alphas(control),
+            "tokens_per_round_distilled": {f"T{t}": values["best"][f"{distilled} T={t}"]["tokens_per_round"] for t in temperatures},
+        }  # fmt: skip
+    report.update_headline(profile, measured["provenance"], **quoted)

@@ -93,6 +93,8 @@ class Randomness:
     """
 
     def __init__(self, seed: int | None = None, device: str | torch.device = "cpu"):
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"the seed is {seed}; give a number of 64 bits.")
         self.generator = torch.Generator(device)
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
         self.many, self.ahead, self.used = 1024, None, 0  # drawn ahead: a call for many takes hardly longer than for one
@@ -134,6 +136,11 @@ class Numbers(Randomness):
 
     def __init__(self, numbers: Tensor):
         self.ahead, self.used = numbers, 0
+
+
+def as_written(randomness: object) -> bool:
+    """Whether it chooses and flips as `Randomness` does, so that a compiled pass may take its numbers and do so instead."""
+    return type(randomness) in (Randomness, Numbers)
 
 
 def spread(rows: Tensor, offered: Tensor | None, n_ids: int) -> Tensor:
@@ -226,9 +233,10 @@ class _Coins:
 
 def expected_accepted(rule: Rule, drafted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> float:
     """E[accepted | drafted]: the rule's own coins weighed instead of tossed, so that two rules can be compared without
-    the noise of their coins. Knows how the rules of `RULES` read their coins; ValueError for another."""
-    if rule not in RULES.values():
-        raise ValueError(f"how {rule.__name__} reads its coins is not known; compare samples, or teach this function.")
+    the noise of their coins. Knows how `token_wise` and `block` read their coins; ValueError for another."""
+    if rule not in (token_wise, block):
+        name = getattr(rule, "__name__", rule)
+        raise ValueError(f"how {name} reads its coins is not known; compare samples, or teach this function.")
     if not len(drafted):
         return 0.0
     coins = _Coins()

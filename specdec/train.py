@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -244,15 +245,20 @@ def has_bf16(device: torch.device | str = "cpu") -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
         return False  # oneDNN would emulate it
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def can_compile(device: torch.device | str = "cpu") -> bool:
     """On the CPU torch.compile needs the C++ compiler that it would call, and Python's headers."""
     if torch.device(device).type == "cuda":
         return True
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(compiler) is not None and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    return shutil.which(compiler()) is not None and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def compiler() -> str:
+    """The C++ compiler, without what else CXX may say: torch takes one word only, and "ccache g++" for its name."""
+    words = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")]
+    return words[-1] if words else "clang++" if sys.platform == "darwin" else "g++"
 
 
 def compiled(function, device: torch.device | str = "cpu", **options):
@@ -260,6 +266,7 @@ def compiled(function, device: torch.device | str = "cpu", **options):
     if not can_compile(device):
         return function
     torch._dynamo.config.recompile_limit = 64  # several models go through the same code in one process
+    torch._inductor.config.cpp.cxx = None, compiler()
     return torch.compile(function, **options)
 
 

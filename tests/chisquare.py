@@ -1,5 +1,8 @@
 """Pearson's χ² without scipy: merged cells, a bound of known false-alarm rate, and the deviation it would catch.
 
+Rare outcomes share cells, and what moves inside a cell cannot be seen. So the same counts are tested once more with the
+rare ones in other cells: what is to pass unseen has to balance in the cells of both partitions.
+
 The statistic's first three cumulants are those of the counts themselves, not of the χ² distribution that they tend to:
 cells of expectation 5 raise the variance and the skewness, and at one in a hundred million that matters.
 """
@@ -13,16 +16,19 @@ ALARM = 1e-8  # probability that one test raises a false alarm; a run makes fewe
 LEAST = 5.0  # smallest expectation of a cell
 
 
-def cells(expected: np.ndarray) -> np.ndarray:
+def cells(expected: np.ndarray, regrouped: bool = False) -> np.ndarray:
     """Which cell each outcome belongs to: its own, or, below `LEAST`, one shared with others until it is reached.
 
-    Looks at expectations only, never at counts. Impossible outcomes (expectation 0) get −1.
+    Looks at expectations only, never at counts. Impossible outcomes (expectation 0) get −1. Those that share a cell are
+    of about the same expectation, or, ``regrouped``, any that a fixed generator put together.
     """
     cell = np.full(len(expected), -1)
     order = np.argsort(-expected, kind="stable")
     big = int((expected >= LEAST).sum())
     cell[order[:big]] = np.arange(big)
     small = order[big : int((expected > 0).sum())]
+    if regrouped:
+        small = np.random.default_rng(0).permutation(small)
     filled, current = 0.0, big
     for i in small:
         cell[i] = current
@@ -32,6 +38,15 @@ def cells(expected: np.ndarray) -> np.ndarray:
     if filled and current:  # what is left over joins the cell before it
         cell[cell == current] = current - 1
     return cell
+
+
+def halves(mass: np.ndarray) -> np.ndarray:
+    """A half, 0 or 1, for each of ``mass``, the largest first and each to the half that is lighter so far."""
+    total, half = [0.0, 0.0], np.zeros(len(mass), dtype=int)
+    for i in np.argsort(-mass, kind="stable"):
+        half[i] = total[0] > total[1]
+        total[half[i]] += mass[i]
+    return half
 
 
 def tail(z: float, shape: float) -> float:
@@ -58,11 +73,20 @@ class ChiSquare:
     n: int
 
     @classmethod
-    def of(cls, probs, n: int) -> "ChiSquare":
-        probs = np.asarray(probs, dtype=np.float64)
-        expected = probs / probs.sum() * n
-        cell = cells(expected)
+    def of(cls, probs, n: int, regrouped: bool = False) -> "ChiSquare":
+        expected = normalised(probs) * n
+        cell = cells(expected, regrouped)
         return cls(cell, np.bincount(cell[cell >= 0], expected[cell >= 0]), n)
+
+    @property
+    def crowded(self) -> np.ndarray:
+        """The cells that several outcomes share."""
+        return np.flatnonzero(np.bincount(self.cell[self.cell >= 0]) > 1)
+
+    @property
+    def shared(self) -> float:
+        """The mass of the outcomes that share a cell: what moves inside of it, this test does not see."""
+        return float(self.meant[self.crowded].sum() / self.n)
 
     @property
     def variance(self) -> float:
@@ -99,7 +123,7 @@ class ChiSquare:
 
     @property
     def detectable(self) -> float:
-        """The total variation that is caught with probability .99, whatever direction it takes.
+        """The total variation between cells that is caught with probability .99, whatever direction it takes.
 
         A deviation δ adds λ = n Σ d²/p ≥ 4nδ² to the mean, least where half of the mass grows by the factor 1 + 2δ and
         half shrinks by 1 − 2δ, and 4λ to the variance: λ is where the first percentile reaches the bound.
@@ -110,12 +134,25 @@ class ChiSquare:
         return ((s * s - v) / 4 / (4 * self.n)) ** 0.5
 
     def contaminated(self, probs, delta: float) -> np.ndarray:
-        """``probs`` moved by the total variation ``delta`` in the direction that is hardest to see."""
-        probs = np.asarray(probs, dtype=np.float64)
-        probs = probs / probs.sum()
-        mass, half = [0.0, 0.0], np.zeros(len(self.meant), dtype=int)
-        for i in np.argsort(-self.meant, kind="stable"):  # each cell to the half that is lighter so far
-            half[i] = mass[0] > mass[1]
-            mass[half[i]] += self.meant[i] / self.n
+        """``probs`` moved by the total variation ``delta`` between cells, in the direction that is hardest to see."""
+        half = halves(self.meant)
+        mass = np.bincount(half, self.meant / self.n)
         factor = np.where(half == 0, 1 + delta / mass[0], 1 - delta / mass[1])
-        return np.where(self.cell >= 0, probs * factor[self.cell], 0.0)
+        return np.where(self.cell >= 0, normalised(probs) * factor[self.cell], 0.0)
+
+    def contaminated_inside(self, probs, delta: float) -> np.ndarray:
+        """``probs`` moved by ``delta`` inside the shared cells, between two halves of each: the same to this test."""
+        probs, moved = normalised(probs), np.zeros(len(self.cell))
+        for cell in self.crowded:
+            ids = np.flatnonzero(self.cell == cell)
+            half = halves(probs[ids])
+            mass = np.bincount(half, probs[ids])
+            moved[ids] = probs[ids] * mass.min() * np.where(half == 0, 1 / mass[0], -1 / mass[1])
+        largest = 0.5 * np.abs(moved).sum()
+        assert delta <= largest, f"a total variation of {largest:.3f} is all that can be moved inside shared cells."
+        return probs + moved * (delta / largest)
+
+
+def normalised(probs) -> np.ndarray:
+    probs = np.asarray(probs, dtype=np.float64)
+    return probs / probs.sum()

@@ -1,8 +1,10 @@
-"""Speculative sampling done wrong, in the ways that have been shipped. Each is here to be rejected by the proof.
+"""Speculative sampling done wrong: mistakes seen in other people's code, and others that are easy to make.
 
-A mistake is a rule, a drafter or a cache that the real engine runs in place of the right one.
+Each is a rule, a drafter or a cache that the real engine runs in place of the right one, to be rejected by the proof.
+Where one was seen stands beside it; without such a note it is only easy to make.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,7 +122,7 @@ class DrawsInBfloat16(DraftModel):
 
 
 class Hole(DraftModel):
-    """Claims to have read its own last draft after a fully accepted round."""
+    """Claims to have read its own last draft after a fully accepted round. Seen in an earlier attempt at this design."""
 
     def propose(self, text, k, sampling, randomness):
         if 0 < self.cache.length < len(text) - 1:
@@ -148,8 +150,8 @@ def greedy_by_ratio(drafted, q, p, randomness):
 # Caches
 
 
-class Sticky(KVCache):
-    """Not truncated: the first row that was refused stays, in the place of the last one that is true."""
+class KeepsRefusedRow(KVCache):
+    """Truncated, but the first row that was refused stays, in the place of the last one that is true."""
 
     def truncate(self, length):
         if 0 < length < self.length:
@@ -158,18 +160,38 @@ class Sticky(KVCache):
         super().truncate(length)
 
 
-class Untruncated(DraftModel):
-    """A draft whose cache keeps a row that was refused."""
+class NeverTruncated(KVCache):
+    """What was refused stays in the text, and what follows is read behind it."""
 
+    def truncate(self, length):
+        pass
+
+
+def with_cache(target, kind):
+    """A copy of a target whose caches are of that ``kind``."""
+    target = copy.deepcopy(target)
+    target.new_cache = lambda *_, **__: kind(target.config, dtype=target.dtype)
+    return target
+
+
+class DraftKeepsRefusedRow(DraftModel):
     def __init__(self, model):
         super().__init__(model)
-        self.cache = Sticky(model.config, dtype=model.dtype)
+        self.cache = KeepsRefusedRow(model.config, dtype=model.dtype)
 
 
-def untruncated(target):
-    """The same for a target, in place."""
-    target.new_cache = lambda *_, **__: Sticky(target.config, dtype=target.dtype)
-    return target
+class DraftNeverTruncated(DraftModel):
+    """Counts by itself what it has read of the text, since the length of its cache no longer says so."""
+
+    def start(self):
+        super().start()
+        self.refused = 0  # rows that ought to be gone
+
+    def propose(self, text, k, sampling, randomness):
+        return super().propose([0] * self.refused + text, k, sampling, randomness)  # what is in the cache is not read
+
+    def truncate(self, length):
+        self.refused += max(0, self.cache.length - self.refused - length)
 
 
 class Mistake(NamedTuple):
@@ -178,15 +200,16 @@ class Mistake(NamedTuple):
     sampling: Sampling = Sampling()
 
 
-# Those that change the law of the text; the caches of a draft do not, and have a detector of their own.
+# Those that change the law of the text; the caches of a draft do not, and have a detector of their own. A name has no
+# parenthesis: in the record one follows that says where else the mistake was tried.
 MISTAKES = {
-    "always accept": Mistake(always_accept),
-    "drafts by argmax, ratio with the soft q": Mistake(drafter=ArgmaxDrafts),
-    "a drawn token dropped because q is small": Mistake(drafter=DropsUnlikely),
-    "q before the top-k filter": Mistake(drafter=Unfiltered, sampling=Sampling(top_k=2)),
-    "drawn in bfloat16, ratio in full precision": Mistake(drafter=DrawsInBfloat16),
-    "block: stop at the first refusal": Mistake(block_until_first_refusal),
-    "block: residual without its weight": Mistake(block_plain_residual),
+    "always accept": Mistake(always_accept),  # transformers, pull request 28508
+    "drafts by argmax, ratio with the soft q": Mistake(drafter=ArgmaxDrafts),  # transformers, issue 32867
+    "a drawn token dropped because q is small": Mistake(drafter=DropsUnlikely),  # implementations of an "adaptive k"
+    "q before the top-k filter": Mistake(drafter=Unfiltered, sampling=Sampling(top_k=2)),  # transformers, issue 47932
+    "drawn in bfloat16, ratio in full precision": Mistake(drafter=DrawsInBfloat16),  # DeepSpec, issue 31
+    "block: stop at the first refusal": Mistake(block_until_first_refusal),  # vllm-ascend, issue 7807
+    "block: residual without its weight": Mistake(block_plain_residual),  # the same
     "temperature 0 by the ratio of softmaxes": Mistake(greedy_by_ratio, ArgmaxDrafts, SoftZero(0)),
     "the same uniform for every position": Mistake(one_uniform),
     "p and q swapped": Mistake(swapped),

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from specdec import checkpoint
 from specdec.checkpoint import clear_training, load_model, load_training, save_model, save_training
 from specdec.model import ModelConfig, Transformer
 
@@ -100,6 +101,16 @@ def test_a_cut_save_never_looks_finished(model, tmp_path, monkeypatch, written):
         assert "train it first" in refusal(folder)
         save_model(model, folder, {})
         load_model(folder)
+
+
+def test_two_processes_do_not_write_into_one_file(model, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint, "put_in_place", lambda partial, path: written.append((partial, path)))
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda: process)
+        save_model(model, tmp_path, {})
+        save_training(tmp_path, {})
+    assert len({partial for partial, _ in written}) == 4 and len({path for _, path in written}) == 2
 
 
 def test_resume_point(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 import pytest
+from conftest import make_model
 
+from specdec import __main__ as cli
 from specdec.__main__ import main
+from specdec.train import History
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,12 +27,60 @@ def build(tmp_path_factory):
         (["generate", "--prompt", "a " * 200], "shorten the prompt"),
         (["train", "--model", "huge"], "no model 'huge'"),
         (["train", "--model", "distilled", "--distill-loss", "luck"], "no divergence 'luck'"),
+        (["bench", "--peers", "--draft", "huge"], "no model 'huge'"),
     ],
 )
 def test_bad_input_ends_with_a_sentence_and_status_2(arguments, sentence, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["generate", "--prompt", "a", "--draft", "nope"], "no model 'nope'; choose small, medium, distilled"),
+        (["generate", "--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens is -1; give 0 or more"),
+        (["generate", "--prompt", "a", "--seed", str(10**23)], "give a number of 64 bits"),
+        (["distill", "--role", "target"], "no model 'target'; choose small, medium"),
+        (["export", "--role", "nope", "--out", "new"], "no model 'nope'"),
+        (["export", "--out", "."], "already; delete it or name another folder"),
+        (["bench", "--json", "/nonexistent/x.json"], "cannot be written; name a file in a folder that is there"),
+        (["bench", "--json", "."], "cannot be written"),
+    ],
+)
+def test_what_can_be_refused_at_once_is(arguments, sentence, capsys, monkeypatch):
+    for name in ("load_or_train", "load_or_distill", "compare_recipes"):
+        monkeypatch.setattr(cli, name, None)
+    assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_gets_a_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "get_profile", lambda name: open("/nonexistent/file"))
+    assert main(["train"]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_the_end_of_a_text_is_printed_whole_or_not(capsys, monkeypatch):
+    """Bytes that are no character yet are not swallowed."""
+    tokenizer = cli.tokens_for(cli.get_profile("ci")).tokenizer
+    first, second = (tokenizer.encode_single_token(bytes([byte])) for byte in "é".encode())
+    for tokens, text in (([first, second], "aé"), ([first], "a\ufffd"), ([second, first, second], "a\ufffdé")):
+        monkeypatch.setattr(cli, "generate", lambda *_, **__: iter(tokens))
+        monkeypatch.setattr(cli, "model_named", lambda *_: make_model())
+        assert main(["generate", "--prompt", "a", "--no-draft"]) == 0
+        assert capsys.readouterr().out == text
+
+
+def test_a_distilled_model_is_trained_where_the_others_are(monkeypatch):
+    given = {}
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli.torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(cli, "load_or_distill", lambda *_, **options: given.update(options) or (None, History([])))
+    with pytest.raises(IndexError):
+        main(["train", "--model", "distilled"])
+    assert given["device"] == "cuda:0"
 
 
 def test_generate_is_repeatable_and_reports(capsys):
@@ -58,8 +109,6 @@ def test_help_has_an_example(command, capsys):
 
 def test_bench_prints_every_cell(capsys, monkeypatch, tmp_path):
     from dataclasses import replace
-
-    from specdec import __main__ as cli
 
     profile = cli.get_profile("ci")
     small = replace(profile, bench=replace(profile.bench, n_prompts=2, n_sweep_prompts=1, new_tokens=6, ks=(1, 2)))

@@ -99,8 +99,13 @@ def test_cuda_passes_are_the_same_passes(shape, device):
         near(other.k[:, :, :, :end], cache.k[:, :, :, :end]), near(other.v[:, :, :, :end], cache.v[:, :, :, :end])
     with pytest.raises(ValueError, match="the cache holds 40 tokens"):
         fast(ids, other)
-    with pytest.raises(ValueError, match="give at least one"):
-        fast(ids[:, :0], other)
+    asked = other, Sampling(), Randomness(0, device)
+    calls = lambda: fast(ids[:, :0], other), lambda: fast.draw(ids[:, :0], *asked), lambda: fast.propose([], *asked, 2)
+    for call in calls:
+        with pytest.raises(ValueError, match="give at least one"):
+            call()
+    with pytest.raises(ValueError, match="2 texts were given to a model that reads one"):
+        fast(ids[:, :1].repeat(2, 1), other)
 
 
 @torch.inference_mode()
@@ -261,6 +266,17 @@ def test_a_cuda_rule_decides_the_same(rule, n, shared, device, monkeypatch):
                 assert [int(x) for x in mine] == theirs and mine[1].shape == (1,)
                 seen.add((k, theirs[0]))
     assert len({accepted for k, accepted in seen if k == 5}) > 3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_whoever_chooses_is_asked(rule, device):
+    class First(Randomness):
+        def choose(self, probs):
+            return probs.argmax(-1, keepdim=True)
+
+    p, q = torch.eye(5, device=device)[None, 3].repeat(2, 1) * 0.4 + 0.12, torch.eye(5, device=device)[None, 1]
+    for seed in range(9):
+        assert int(cuda_rule(RULES[rule], torch.tensor([1], device=device), q, p, First(seed, device))[1]) == 3
 
 
 @pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 1 - 2**-53])

@@ -297,6 +297,25 @@ def test_the_last_phase_reads_texts_as_they_will_be_asked_for(profile, monkeypat
     assert all(text[-1] == toy_data().eot for text in last.reshape(8, 8).tolist())
 
 
+@pytest.mark.parametrize("changed", [{"new_tokens": 6}, {"prompt_tokens": 4, "new_tokens": 4}, {"temperatures": (0.5, 1.0)}])
+def test_other_texts_have_other_names(profile, monkeypatch, changed):
+    """What the target writes depends on the benchmark's settings, so the draft that reads it does."""
+    profile = replace(profile, bench=replace(profile.bench, prompt_tokens=3, new_tokens=5, temperatures=(0.0, 1.0)))
+    other = replace(profile, bench=replace(profile.bench, **changed))
+
+    def files():
+        return {path.name for folder in ("tokens", "checkpoints") for path in (distill.build_dir() / "toy" / folder).iterdir()}
+
+    load_or_distill(profile, "forward-kl", texts="data+target")
+    before = files()
+    load_or_distill(other, "forward-kl", texts="data+target")
+    assert sorted(name.rpartition("-")[0] for name in files() - before) == ["data+target", "small-forward-kl"]
+    monkeypatch.setattr(distill, "_WRITERS", "other")
+    before = files()
+    load_or_distill(profile, "forward-kl", texts="data+target")
+    assert len(files() - before) == 2
+
+
 def test_every_recipe_is_compared_and_recorded(profile, monkeypatch, tmp_path):
     monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr("specdec.reproduce.tokens_for", lambda profile: toy_data())

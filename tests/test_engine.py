@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -106,6 +107,15 @@ def test_prompt_lookup_copies_what_followed():
     assert PromptLookup(10).propose([7, 7], 4, GREEDY, None).tokens.tolist() == [7]
     with pytest.raises(ValueError, match="cannot be looked up"):
         PromptLookup(10, longest=1, shortest=2)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_a_prompt_may_be_a_slice_of_the_data(pair, kind):
+    prompt = [1, 2, 3] if kind is tuple else kind([1, 2, 3], dtype=getattr(np if kind is np.array else torch, "uint16"))
+    options, traces = dict(max_new_tokens=5, sampling=GREEDY), (Trace(), Trace())
+    alone, both = generate(pair[0], prompt, trace=traces[0], **options), texts(*pair, prompt, 2, trace=traces[1], **options)
+    assert list(alone) == both == list(generate(pair[0], [1, 2, 3], **options))
+    assert all(t.prompt == [1, 2, 3] and type(t.prompt[0]) is int for t in traces)
 
 
 def bad_calls(target, draft):

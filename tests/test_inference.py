@@ -3,18 +3,19 @@
 import pytest
 import torch
 from conftest import make_model, needs_compiler
+from oracle import engine_law, own_law, total_variation
 from torch import nn
 
-from specdec import native
+from specdec import inference, native
 from specdec.compiled import CompiledModel, PanelCache
 from specdec.drafting import AdaptiveDraftModel, CapturedDraftModel, ChainedDraftModel, DraftModel, PromptLookup, frequent_ids
 from specdec.engine import Trace, generate, speculate
-from specdec.inference import PASSES, draw_next, next_probs, ready, ready_rule, trimmed
+from specdec.inference import PASSES, PackedLinear, draw_next, next_probs, ready, ready_rule, trimmed
 from specdec.model import Transformer
 from specdec.native import MOST, PanelLinear
-from specdec.passes import EXACT_ROWS, Captured, FixedShapes
+from specdec.passes import EXACT_ROWS, Captured, CapturedShapes, FixedShapes
 from specdec.profiles import get_profile
-from specdec.sampling import RULES, Randomness, Sampling, token_wise
+from specdec.sampling import RULES, Randomness, Sampling, block, token_wise
 
 
 def texts(target, drafter, seeds=range(8), prompt=(1, 0, 2), n=11, k=3, **options):
@@ -131,6 +132,39 @@ def test_a_model_made_ready_is_the_same_model():
         torch.testing.assert_close(fast(ids, other), model(ids, cache))
 
 
+def test_a_compiler_that_fails_is_done_without(monkeypatch):
+    """As where there is none, after a warning."""
+    def fails():
+        raise RuntimeError("unknown argument: '-ftree-loop-vectorize'")
+
+    monkeypatch.setattr(native, "library", fails)
+    monkeypatch.setattr(native, "can_compile", lambda: True)
+    native.has_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="native.cpp cannot be compiled .*, so decoding is slower; set CXX"):
+            fast = ready(make_model(), "float32", "compiled")
+        assert isinstance(fast, Transformer) and not isinstance(fast.head, inference.SplitLinear)
+        assert len(list(generate(fast, [1], max_new_tokens=3))) == 3
+        assert ready_rule.__wrapped__(token_wise, "compiled") is token_wise
+    finally:
+        native.has_library.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("clang", [False, True])
+def test_flags_of_gcc_are_for_gcc(clang, monkeypatch, tmp_path):
+    """And what stands before the compiler's name in CXX is left out."""
+    from torch._inductor import cpp_builder
+
+    asked = []
+    monkeypatch.setenv("CXX", "ccache g++")
+    monkeypatch.setattr(cpp_builder, "is_gcc", lambda: not clang)
+    monkeypatch.setattr(cpp_builder.CppBuilder, "build", lambda self: asked.append(self.get_command_line()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        native.build(tmp_path / "native.so")
+    assert asked[0].startswith("g++ ") and (native.FLAGS[0] in asked[0]) == (not clang)
+
+
 SHAPES = [
     {}, {"n_kv_heads": 2}, {"n_heads": 4, "n_kv_heads": 1}, {"width": 20, "n_heads": 2, "vocab_size": 13},
     {"width": 24, "n_heads": 2, "n_layers": 1, "context": 131}, {"activation": "relu2"},
@@ -178,6 +212,24 @@ def test_ids_that_the_model_does_not_have_are_refused():
             fast(torch.tensor(ids), fast.new_cache())
         with pytest.raises(IndexError, match="use the model's own tokenizer"):
             fast.draw(torch.tensor(ids), fast.new_cache(), Sampling(), Randomness(0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=2)], ids=str)
+def test_passes_without_a_batch_read_one_text_with_a_token_in_it(sampling):
+    fast = ready(make_model(), torch.float64, "compiled")
+    asked = fast.new_cache(), sampling, Randomness(0)
+    for model in (fast, ready(make_model(), torch.float64, "graphs"), ready(make_model(), torch.float64, exact=True)):
+        with pytest.raises(ValueError, match="2 texts were given to a model that reads one"):
+            model(torch.tensor([[1, 2], [2, 1]]), model.new_cache())
+        with pytest.raises(ValueError, match="give at least one"):
+            model(torch.empty(1, 0, dtype=torch.long), model.new_cache())
+    with pytest.raises(ValueError, match="give ids of shape"):
+        fast.draw(torch.tensor([[1], [2]]), *asked)
+    for call in (lambda: fast.draw(torch.empty(1, 0, dtype=torch.long), *asked), lambda: fast.propose([], *asked, 2)):
+        with pytest.raises(ValueError, match="give at least one"):
+            call()
+    assert asked[0].length == 0
 
 
 SAMPLINGS = [Sampling(), Sampling(0), Sampling(0.3), Sampling(1e-40), Sampling(0.7, top_k=4, top_p=0.9)]
@@ -316,6 +368,77 @@ def test_a_compiled_rule_decides_the_same(dtype, rule):
     assert ready_rule(another, "compiled") is another and ready_rule(rule) is rule
 
 
+def test_a_rule_that_a_reader_adds_runs_as_it_is(monkeypatch):
+    def another(*_): ...
+
+    monkeypatch.setitem(RULES, "another", another)
+    assert ready_rule.__wrapped__(another, "compiled") is another
+
+
+class Highest(Randomness):
+    """Always the last index that is possible."""
+
+    def choose(self, probs):
+        return probs.nonzero()[-1]
+
+
+DRAFTERS = {
+    "step by step": DraftModel, "captured": CapturedDraftModel,
+    "chained": pytest.param(lambda m: ChainedDraftModel(ready(m, torch.float64, "compiled")), marks=needs_compiler),
+}  # fmt: skip
+EVERY_DRAFTER = pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
+
+
+@needs_compiler
+@EVERY_DRAFTER
+@pytest.mark.parametrize("rule", RULES)
+def test_whoever_chooses_is_asked_on_fast_paths_too(rule, drafter):
+    """The same two verbs decide everything: of an oracle, and of chance that was written anew."""
+    target, draft = (make_model(2, 8, seed, vocab_size=4, n_ids=3, context=8) for seed in (1, 2))
+    fast, judge = ready(target, torch.float64, "compiled"), ready_rule(RULES[rule], "compiled")
+    law = engine_law(fast, drafter(draft), [1, 0], k=2, n=3, rule=judge)
+    assert total_variation(law, own_law(target, [1, 0], Sampling(), 3)) < 1e-12
+    text = speculate(fast, [1], drafter=drafter(draft), k=2, max_new_tokens=5, rule=judge, randomness=Highest(0))
+    assert all(token == 2 for token in text)
+
+
+@EVERY_DRAFTER
+def test_one_text_at_a_time_on_a_drafter(pair, drafter):
+    made = drafter(pair[1])
+    first, second = (speculate(pair[0], [1] * n, drafter=made, k=2, max_new_tokens=15 - n) for n in (1, 9))
+    next(first), next(second)
+    with pytest.raises(ValueError, match="another text was begun with this drafter"):
+        list(first)
+
+
+@EVERY_DRAFTER
+@pytest.mark.parametrize("rule", RULES)
+def test_where_the_draft_ends_the_target_goes_on(rule, drafter):
+    """Every draft that the shorter context has room for, then plain steps; a prompt that the draft cannot read."""
+    target, draft = make_model(2, 16, 1, context=30), make_model(1, 8, 2, context=12)
+    for model in (draft, make_model(2, 16, 1, context=12)):  # the second is always right
+        for n in (1, 2, 10, 11, 12, 13, 20):
+            for k in (1, 3, 20):
+                trace, options = Trace(), dict(max_new_tokens=40, sampling=Sampling(0))
+                text = speculate(target, [1] * n, drafter=drafter(model), k=k, rule=RULES[rule], trace=trace, **options)
+                assert list(text) == list(generate(target, [1] * n, **options)) and trace.finish == "context"
+                room = [max(0, min(k, 30 - r.start - 1, 12 - r.start + 1)) for r in trace.rounds]
+                assert [len(r.drafted) for r in trace.rounds] == room
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("options", [{"passes": "graphs"}, {"exact": True}], ids=str)
+def test_a_bad_text_does_not_spoil_the_next(options, pair):
+    fast, drafts = (ready(model, torch.float64, **options) for model in pair)
+    drafters = DraftModel(drafts), CapturedDraftModel(pair[1])
+    clean = [texts(fast, drafter, n=8) for drafter in drafters]
+    for drafter in drafters:
+        drafter.cache.k.fill_(torch.nan), drafter.cache.v.fill_(torch.nan)
+    if isinstance(fast, CapturedShapes):
+        fast.cache.k.fill_(torch.nan), fast.cache.v.fill_(torch.nan)
+    assert [texts(fast, drafter, n=8) for drafter in drafters] == clean
+
+
 @needs_compiler
 @torch.inference_mode()
 def test_compiled_models_do_not_share_their_caches():
@@ -429,6 +552,28 @@ def test_an_adaptive_draft_looks_at_q_alone(pair):
 def test_ids_that_no_tokenizer_has_are_refused(pair):
     with pytest.raises(ValueError, match="outside 0 … 4"):
         trimmed(pair[1], torch.tensor([1, 5]))
+    for ids in ([], [0, 0, 1]):
+        with pytest.raises(ValueError, match="no id at all, or one of them twice"):
+            trimmed(pair[1], torch.tensor(ids, dtype=torch.long))
+    with pytest.raises(ValueError, match="was trimmed before"):
+        trimmed(trimmed(pair[1], torch.tensor([1, 2])), torch.tensor([1]))
+
+
+@needs_compiler
+def test_ids_of_any_integer_type(pair):
+    """native.cpp reads 64 bits."""
+    wide, narrow = (trimmed(pair[1], torch.tensor([1, 2, 4], dtype=dtype)) for dtype in (torch.long, torch.int32))
+    wide, narrow = (ChainedDraftModel(ready(model, torch.float64, "compiled")) for model in (wide, narrow))
+    assert texts(pair[0], narrow) == texts(pair[0], wide)
+
+
+def test_a_trimmed_target_is_refused(pair):
+    """Its rows have numbers that are not ids."""
+    target = trimmed(pair[0], torch.tensor([1, 2, 4]))
+    for arm in (generate(target, [1], max_new_tokens=2),
+                speculate(target, [1], drafter=DraftModel(pair[1]), k=1, max_new_tokens=2)):  # fmt: skip
+        with pytest.raises(ValueError, match="the target's output layer is trimmed"):
+            list(arm)
 
 
 def test_frequent_ids(toy_data):
@@ -443,6 +588,21 @@ def test_frequent_ids(toy_data):
 def test_unknown_passes():
     with pytest.raises(ValueError, match="eager, compiled, graphs"):
         ready(make_model(), passes="fast")
+
+
+@pytest.mark.parametrize("dtype", ["float17", "int8", torch.int64, "Tensor"])
+def test_unknown_types(dtype):
+    with pytest.raises(ValueError, match="choose auto, float32, bfloat16, float16, float64"):
+        ready(make_model(), dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{"passes": "compiled"}, {"passes": "graphs"}, {}], ids=str)
+def test_what_is_ready_is_not_made_ready_again(options):
+    fast = ready(make_model(), "float32", **options)
+    if not isinstance(fast, Transformer) or isinstance(fast.head, PackedLinear):
+        with pytest.raises(ValueError, match="was made ready before"):
+            ready(fast)
 
 
 PATHS = pytest.mark.parametrize(

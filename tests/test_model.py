@@ -129,6 +129,15 @@ def test_too_long_and_empty_texts_are_refused():
         model(torch.zeros(1, 0, dtype=torch.long))
 
 
+def test_a_cleared_cache_is_as_new():
+    model = make_model(1, 8, 0)
+    cache = model.new_cache()
+    model(torch.tensor([[1, 2]]), cache)
+    at = cache.k.data_ptr()
+    cache.clear()
+    assert cache.length == 0 and not cache.k.any() and not cache.v.any() and cache.k.data_ptr() == at
+
+
 @pytest.mark.skipif(not has_bf16(), reason="this machine does not multiply bfloat16")
 def test_packing_changes_no_bit():
     model = Transformer(ModelConfig(2, 4, 64, 2, vocab_size=128, n_ids=128, context=32), torch.Generator().manual_seed(0))

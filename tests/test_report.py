@@ -35,11 +35,11 @@ def test_what_was_not_run_is_a_sentence():
 
 
 def test_the_headline_keeps_its_schema(results):
-    report.update_headline("cpu", c=0.1)
+    report.update_headline("cpu", {"commit": "abc"}, c=0.1)
     report.update_headline("cpu", o=0.02)
     saved = json.loads((results / "cpu" / "headline.json").read_text())
     assert list(saved) == list(report.HEADLINE) and (saved["c"], saved["o"]) == (0.1, 0.02)
-    assert saved["speedup"]["T0"] == {"value": None, "ci95": None, "k": None} and saved["peers"]["transformers_generate"] is None
+    assert saved["speedup"]["T0"] == {"value": None, "ci95": None, "k": None} and saved["provenance"] == {"commit": "abc"}
     with pytest.raises(ValueError, match="has no luck"):
         report.update_headline("cpu", luck=1)
 
@@ -72,11 +72,14 @@ def test_all_drafts_have_a_line():
     assert "All drafts" not in report.readme_block()
     line = {"k": 3, "speedup": 1.25, "ci95_low": 1.2, "ci95_high": 1.3}
     best = {f"{name} T={t}": line | {"k": t} for name in ("small", "medium") for t in (0, 1)} | {"target T=1": {"speedup": 1.0}}
-    alpha = {"small T=0": 0.5, "medium T=0": 0.75, "small T=1": 0.625, "medium T=1": 0.875}
-    report.record("seed", "benchmark", params={}, values={"best": best, "alpha": alpha, "as_block": {"medium T=1": line}})
-    block = report.readme_block()
-    assert "| small | 0.50 | 0.62 | 1.25× [1.20, 1.30], k = 0 | 1.25× [1.20, 1.30], k = 1 | — |" in block
-    assert "| medium | 0.75 | 0.88 | 1.25× [1.20, 1.30], k = 0 | 1.25× [1.20, 1.30], k = 1 | 1.25× [1.20, 1.30], k = 3 |" in block
+    rows = [
+        {"temperature": float(t), "part": part, "arm": f"C {name} k={t}", "prompt": p, "accepted": accepted, "examined": 8}
+        for name, accepted in (("small", 4), ("medium", 6)) for t in (0, 1) for part in ("sweep", "final") for p in (0, 1)
+    ]  # fmt: skip
+    report.record("seed", "benchmark", params={}, values={"best": best, "as_block": {"medium T=1": line}}, rows=rows)
+    block, speeds = report.readme_block(), "1.25× [1.20, 1.30], k = 0 | 1.25× [1.20, 1.30], k = 1"
+    assert f"| small | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | {speeds} | — |" in block
+    assert f"| medium | 0.75 [0.75, 0.75] | 0.75 [0.75, 0.75] | {speeds} | 1.25× [1.20, 1.30], k = 3 |" in block
 
 
 def test_the_readme_changes_only_between_its_markers():
@@ -100,18 +103,20 @@ def test_the_proof_is_a_table_and_a_paragraph(results):
         {"kind": "check", "name": "law, k = 1", "what": "total variation", "figure": 2e-16, "bound": 1e-12, "n": 1500},
         {"kind": "check", "name": "law, k = 2", "what": "total variation", "figure": 3e-16, "bound": 1e-12, "n": 1500},
         {"kind": "control", "name": "always accept", "what": "total variation", "figure": 0.3, "bound": 1e-4, "n": None},
+        {"kind": "control", "name": "always accept (trained pair)", "what": "χ²", "figure": 9.0, "bound": 6.0, "n": 5},
+        {"kind": "control", "name": "a target off by 0.1", "what": "χ²", "figure": 9.0, "bound": 6.0, "n": 5},
     ]
     report.record_proof("cpu", rows, params={})
     assert report.load("cpu", "lossless")["values"]["table"] == rows
     assert [r["name"] for r in report.load_rows("cpu", "lossless")] == [r["name"] for r in rows]
     saved = json.loads((results / "cpu" / "headline.json").read_text())["lossless"]
-    assert saved == {"checks": 2, "failed": 0, "controls": 1, "controls_rejected": 1}
+    assert saved == {"checks": 2, "failed": 0, "mistakes": 1, "controls": 3, "controls_rejected": 3}
     block = report.proof_block()
-    assert "none of 2 figures" in block and "Of 1 deliberate mistakes" in block and "none passed unnoticed" in block
+    assert "none of 2 figures" in block and "1 deliberate mistakes" in block and "of these 3 controls none passed unnoticed" in block
     assert "| total variation | 2 | 3e-16 | 1e-12 | 3,000 |" in block
     assert "| always accept | total variation | 0.3 | 0.0001 |" in block
     report.record_proof("cpu", [row | {"figure": 1e-6} for row in rows], params={})
-    assert "found 2 of 2 figures outside" in report.proof_block() and "1 passed unnoticed" in report.proof_block()
+    assert "found 2 of 2 figures outside" in report.proof_block() and "3 controls 3 passed unnoticed" in report.proof_block()
 
 
 def test_peers_and_recipes_are_shown_once_they_are_recorded():

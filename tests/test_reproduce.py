@@ -10,7 +10,7 @@ from specdec import report
 from specdec.__main__ import main
 from specdec.data import tokens_for
 from specdec.profiles import PROFILES, count, get_profile, scaled
-from specdec.reproduce import label, reproduce, stages, training_flops
+from specdec.reproduce import is_done, label, reproduce, stages, training_flops
 from specdec.train import load_or_train
 
 
@@ -45,12 +45,25 @@ def test_the_chain_within_a_budget_of_seconds(home, monkeypatch):
     drafts = {line["draft"] for line in report.load_rows("ci", "benchmark_cells") if line["draft"]}
     assert drafts == {"small", "medium", "small distilled", "small control", "medium distilled", "lookup"}
     headline = json.loads((home / "results/ci/headline.json").read_text())
-    assert headline["speedup_distilled"]["T1"]["value"] > 0 and headline["alpha_control"]["T0"] >= 0
+    assert headline["speedup_distilled"]["T1"]["value"] > 0 and 0 <= headline["alpha_control"]["T0"]["value"] <= 1
+    assert headline["provenance"] == benchmark["provenance"] and headline["prediction"]["fresh"]["n"] == 12
+    for t in (0, 1):  # the headline, made from the rows, says what was measured
+        line = benchmark["values"]["best"][f"small T={t}"]
+        assert headline["alpha"][f"T{t}"] == line["acceptance"] | {"k": line["k"]}
 
     # the notebooks find the same models under the name that was printed
     monkeypatch.setattr("specdec.train.train", None)
     model, _ = load_or_train(get_profile(name), "target")
     assert model.n_params() == training["values"]["target"]["weights"]
+
+    # what was measured of other models, with other settings or on another machine is not taken for this
+    params, machine = benchmark["params"], benchmark["provenance"]["machine"]
+    assert is_done(get_profile(name), "benchmark", params)
+    assert not is_done(get_profile(name), "benchmark", params | {"weights": params["weights"] | {"target": "another"}})
+    assert not is_done(get_profile(name), "benchmark", params | {"n_prompts": 1})
+    with monkeypatch.context() as context:
+        context.setattr(report, "machine", lambda: f"not {machine}")
+        assert not is_done(get_profile(name), "benchmark", params)
 
     # once more: the budget is remembered, nothing is trained, nothing is measured
     monkeypatch.setattr("specdec.bench.run", None)

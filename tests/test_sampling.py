@@ -101,6 +101,15 @@ def test_coins_weighed_instead_of_tossed(proof, name, k):
         expected_accepted(lambda *_: None, torch.tensor([0]), q, p)
 
 
+def test_coins_of_a_rule_that_a_reader_adds_are_not_guessed(monkeypatch):
+    from functools import partial
+
+    another = partial(RULES["token-wise"])
+    monkeypatch.setitem(RULES, "another", another)
+    with pytest.raises(ValueError, match="reads its coins is not known"):
+        expected_accepted(another, torch.tensor([0]), random_rows(1, 3, 0), random_rows(2, 3, 1))
+
+
 @pytest.mark.parametrize("rule", RULES.values())
 def test_equal_laws_accept_everything_and_disjoint_ones_nothing(rule):
     p = random_rows(4, 6, 1)
@@ -190,6 +199,12 @@ def test_equal_seeds_equal_draws():
     p = random_rows(1, 50, 3)[0]
     a, b = ([int(Randomness(seed).choose(p)) for seed in range(30)] for _ in range(2))
     assert a == b and len(set(a)) > 3
+
+
+@pytest.mark.parametrize("seed", [10**23, 2**64, -(2**63) - 1])
+def test_seeds_of_more_bits_than_there_are(seed):
+    with pytest.raises(ValueError, match="give a number of 64 bits"):
+        Randomness(seed)
 
 
 def test_numbers_that_are_drawn_ahead_are_each_given_once():

@@ -309,6 +309,20 @@ def test_without_a_compiler_the_loss_runs_as_it_is(monkeypatch):
     assert loop.compiled(cross_entropy) is cross_entropy
 
 
+@pytest.mark.parametrize("words", ["ccache g++", "g++ -m64", "g++", "'/opt/my tools/g++'"])
+def test_the_compiler_is_one_word_of_what_names_it(words, monkeypatch):
+    found = []
+    monkeypatch.setenv("CXX", words)
+    monkeypatch.setattr(loop.shutil, "which", lambda name: found.append(name) or name)
+    loop.can_compile()
+    assert found == ["/opt/my tools/g++" if "tools" in words else "g++"]
+
+
+def test_bfloat16_needs_the_library_that_multiplies_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not loop.has_bf16()
+
+
 def recorded_training(rank: int, world: int, folder: str) -> None:
     """Three steps of one of ``world`` processes; leaves gradients, weights and history in a file."""
     gradients, step = [], torch.optim.AdamW.step
