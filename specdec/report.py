@@ -386,7 +386,8 @@ def _drafts_table(profile: str) -> str:
         value = acceptance(mine, arm)
         return f"{value['value']:.2f} [{value['ci95'][0]:.2f}, {value['ci95'][1]:.2f}]"
 
-    lines = ["All drafts in the same turns, on the same fresh prompts:", "",
+    which = "Notebook 06, all" if _other_run(profile) else "All"
+    lines = [f"{which} drafts in the same turns, on the same fresh prompts:", "",
              "| draft | α, T = 0 | α, T = 1 | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name in names:
         rates = " | ".join(rate(name, t) for t in (0, 1))
