@@ -202,8 +202,8 @@ def run_bench(options) -> None:
         return run_roofline(options)
     if options.peers:
         return run_peers(options)
-    profile, table = get_profile(options.profile), Path(options.json or "bench.json")
-    if options.json and (table.is_dir() or not os.access(table.parent, os.W_OK)):
+    profile = get_profile(options.profile)
+    if options.json and (os.path.isdir(options.json) or not os.access(Path(options.json).parent, os.W_OK)):
         raise ValueError(f"{options.json!r} cannot be written; name a file in a folder that is there.")
     models, data = {name: model_named(profile, name) for name in ("target", "small", "medium")}, tokens_for(profile)
     result = bench.run(*bench.equip(models, profile.bench, data), data, profile.bench)
@@ -230,7 +230,7 @@ def run_bench(options) -> None:
         print(f"predicted against measured {where}: R² {errors['r2']:.2f}, {errors['mean_error']:+.0%} on average, "
               f"{errors['within']} of {errors['n']} within the interval")  # fmt: skip
     if options.json:
-        with open(table, "w") as file:
+        with open(options.json, "w") as file:
             json.dump({"cells": result.cells, "provenance": report.provenance(profile.name)}, file, indent=2)
 
 

@@ -417,13 +417,14 @@ def run(
         for name, drafter in drafters.items():
             arms[f"A beside {name}"] = baseline  # every cell is divided by A, so its moment must not be a single one
             arms |= {f"C {name} k={k}": both(target, drafter, k, config, sampling) for k in config.ks}
-        timings, traces = {name: {} for name in drafters}, {}
+        traces, timings, timings_again = {}, {name: {} for name in drafters}, {name: {} for name in drafters}
 
-        def time_costs():
+        def time_costs(timings, ks, repeats):
             for name, drafter in drafters.items():
-                time_parts(target, drafter, typical, sampling, config.ks, repeats=2, rule=rule, timings=timings[name])
+                time_parts(target, drafter, typical, sampling, ks(name), repeats=repeats, rule=rule, timings=timings[name])
 
-        rows = together(measure(arms, sweep, seed=config.seed, device=device, traces=traces, between=time_costs), "A")
+        beside = partial(time_costs, timings, lambda name: config.ks, 2)
+        rows = together(measure(arms, sweep, seed=config.seed, device=device, traces=traces, between=beside), "A")
         finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
         predicted = {}
         for name, drafter in drafters.items():
@@ -448,7 +449,7 @@ def run(
             out.best[key] = {"k": picked}
             finals |= {arm: arms[arm] for arm in (f"C {name} k={picked}", f"C {name} k={best}")}
             if temperature > 0:  # else the two rules are the same
-                spent = {k: costs.draft(k) + np.mean([mean_verdict(costs, n, k + 1) for _, n in texts]) for k in config.ks}
+                spent = {k: costs.draft(k) + np.mean([mean_verdict(costs, lengths, k + 1) for _, lengths in texts]) for k in config.ks}
                 expected = {k: tokens_as_block(kept, k) for k in config.ks}
                 k = max(config.ks, key=lambda k: expected[k] / spent[k])
                 out.as_block[key] = {"k": k, "tokens_per_round_expected": expected[k]}
@@ -457,18 +458,12 @@ def run(
         for name in alone:
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
         out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
-        timings = {name: {} for name in drafters}
-
-        def time_again():
-            for name, drafter in drafters.items():
-                k = out.best[f"{name} {tag}"]["k"]
-                time_parts(target, drafter, typical, sampling, [k], repeats=1, rule=rule, timings=timings[name])
-
-        again = measure(finals, final, seed=config.seed + 1000, repeats=config.repeats, device=device, between=time_again)
+        beside = partial(time_costs, timings_again, lambda name: [out.best[f"{name} {tag}"]["k"]], 1)
+        again = measure(finals, final, seed=config.seed + 1000, repeats=config.repeats, device=device, between=beside)
         for name in drafters:
             line = out.best[f"{name} {tag}"]
             line |= cell(again, f"C {name} k={line['k']}", "A")
-            costs = out.final_costs[f"{name} {tag}"] = costs_of(timings[name])
+            costs = out.final_costs[f"{name} {tag}"] = costs_of(timings_again[name])
             line |= {"predicted": predicted[name](costs, k=line["k"]), "acceptance": acceptance(again, f"C {name} k={line['k']}")}
             if name in alone:
                 line["draft_alone"] = cell(again, f"B {name}", "A")

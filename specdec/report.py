@@ -129,6 +129,12 @@ def color_of(drafter: str) -> str | tuple:
     return COLORS.get(drafter, "black")
 
 
+def fresh_acceptance(rows: list[dict], drafter: str, temperature: float, k: int) -> dict:
+    """`acceptance` of a drafter on the fresh prompts, from the rows of a recorded benchmark."""
+    mine = [row for row in rows if (row["part"], row["temperature"]) == ("final", temperature)]
+    return acceptance(mine, f"C {drafter} k={k}")
+
+
 def break_even(axis, vertical: bool = False) -> None:
     """A thin line at 1, with its name outside, where no curve runs through it."""
     (axis.axvline if vertical else axis.axhline)(1, color="0.5", linewidth=0.8)
@@ -381,9 +387,7 @@ def _drafts_table(profile: str) -> str:
     rows = load_rows(profile, _experiment(profile))
 
     def rate(name, t):
-        arm = f"C {name} k={best[f'{name} T={t}']['k']}"
-        mine = [r for r in rows if (r["part"], r["temperature"], r["arm"]) == ("final", t, arm)]
-        value = acceptance(mine, arm)
+        value = fresh_acceptance(rows, name, t, best[f"{name} T={t}"]["k"])
         return f"{value['value']:.2f} [{value['ci95'][0]:.2f}, {value['ci95'][1]:.2f}]"
 
     which = "Notebook 06, all" if _other_run(profile) else "All"

@@ -81,13 +81,13 @@ def reproduce(
     record_distillation(profile, models, histories, data)
     origin = "local text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
     run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)},
-           "weights": {name: fingerprint(model) for name, model in models.items()}}  # fmt: skip
+           "fingerprints": {name: fingerprint(model) for name, model in models.items()}}  # fmt: skip
     if is_done(profile, "roofline", run):
         say("roofline: done before")
     else:
         record_roofline(profile, models, run)
     for experiment, (settings, where, drafts) in stages(profile.bench, device).items():
-        if is_done(profile, experiment, described(settings) | run):
+        if is_done(profile, experiment, asdict(settings) | run):
             say(f"{experiment}: done before")
             continue
         with two_cores(where != device):
@@ -325,12 +325,6 @@ def is_done(profile: Profile, experiment: str, params: dict) -> bool:
     return known["params"] == json.loads(json.dumps(params)) and known["provenance"]["machine"] == report.machine()
 
 
-def described(settings: BenchConfig) -> dict:
-    """What of the settings is recorded with a benchmark."""
-    shown = ("n_prompts", "new_tokens", "ks", "n_sweep_prompts", "repeats", "dtype", "passes", "draft_ids")
-    return {key: value for key, value in asdict(settings).items() if key in shown}
-
-
 def record_benchmark(
     profile: Profile, result: bench.Benchmark, settings: BenchConfig, *, experiment: str = "benchmark", run: dict | None = None,
     finished: bool = True,
@@ -338,7 +332,7 @@ def record_benchmark(
     """``<experiment>.json`` with its raw rows, ``<experiment>_cells`` with one line per drafter, temperature and k, and
     the figure of those. Without ``run`` the experiment does not count as done; one that is not ``finished`` says so."""
     report.record(
-        profile.name, experiment, params=described(settings) | (run or {}) | ({} if finished else {"unfinished": True}),
+        profile.name, experiment, params=asdict(settings) | (run or {}) | ({} if finished else {"unfinished": True}),
         values={
             "best": result.best, "as_block": result.as_block, "best_k": result.best_k, "aa": result.aa, "alpha": result.alpha,
             "acceptance_by_position": result.by_position, "prediction": {"sweep": result.sweep_errors, "fresh": result.fresh_errors},
@@ -373,15 +367,13 @@ def speedups(cells: list[dict]) -> Figure:
     return figure
 
 
-def update_headline(
-    profile: str, experiment: str = "benchmark", *, trained: str = "small", distilled: str = "small distilled",
-    control: str = "small control",
-) -> None:  # fmt: skip
+def update_headline(profile: str, experiment: str = "benchmark") -> None:
     """What the README quotes, out of what ``experiment`` left in ``results/``: the small draft as trained and, where they were
-    measured, distilled and its control, by the names that they have there."""
+    measured, distilled and its control."""
+    trained, distilled, control = "small", "small distilled", "small control"
     measured = report.load(profile, experiment)
     values, rows = measured["values"], report.load_rows(profile, experiment)
-    cells = [cell for cell in report.load_rows(profile, f"{experiment}_cells") if "predicted" in cell and cell["predicted"] != ""]
+    cells = [cell for cell in report.load_rows(profile, f"{experiment}_cells") if cell.get("predicted", "") != ""]
     temperatures = [key.partition("T=")[2] for key in values["aa"]]
 
     def speeds(name, table):
@@ -392,8 +384,7 @@ def update_headline(
         out = {}
         for t in temperatures:
             k = values["best"][f"{name} T={t}"]["k"]
-            mine = [row for row in rows if row["part"] == "final" and row["temperature"] == float(t)]
-            out[f"T{t}"] = bench.acceptance(mine, f"C {name} k={k}") | {"k": k}
+            out[f"T{t}"] = report.fresh_acceptance(rows, name, float(t), k) | {"k": k}
         return out
 
     def fresh(key, line):  # runs before this was timed have the prediction of the sweep
@@ -402,7 +393,7 @@ def update_headline(
         return {"predicted": next(same)} | line
 
     best, costs = {f"T{t}": values["best"][f"{trained} T={t}"] for t in temperatures}, values["costs"][f"{trained} T=1"]
-    drafted, v = {int(k): x for k, x in costs["drafts"].items()}, {int(m): x for m, x in costs["v"].items()}
+    longest, v = max(map(int, costs["drafts"])), costs["v"]
     quoted = {
         "speedup": speeds(trained, values["best"]),
         "speedup_block": speeds(trained, values["as_block"]),
@@ -413,7 +404,7 @@ def update_headline(
         },
         "alpha": alphas(trained),
         "tokens_per_round": {t: line["tokens_per_round"] for t, line in best.items()},
-        "c": bench.Costs(costs["step_seconds"], drafted, v, costs["o"]).c, "v5": v.get(5), "v9": v.get(9), "o": costs["o"],
+        "c": costs["drafts"][str(longest)] / longest, "v5": v.get("5"), "v9": v.get("9"), "o": costs["o"],
         "prediction": {
             "sweep": bench.agreement(cells),
             "fresh": bench.agreement([fresh(key, line) for key, line in values["best"].items() if "k" in line]),

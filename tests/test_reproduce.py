@@ -59,8 +59,8 @@ def test_the_chain_within_a_budget_of_seconds(home, monkeypatch):
     # what was measured of other models, with other settings or on another machine is not taken for this
     params, machine = benchmark["params"], benchmark["provenance"]["machine"]
     assert is_done(get_profile(name), "benchmark", params)
-    assert not is_done(get_profile(name), "benchmark", params | {"weights": params["weights"] | {"target": "another"}})
-    assert not is_done(get_profile(name), "benchmark", params | {"n_prompts": 1})
+    assert not is_done(get_profile(name), "benchmark", params | {"fingerprints": params["fingerprints"] | {"target": "another"}})
+    assert not is_done(get_profile(name), "benchmark", params | {"prompt_tokens": 1})
     with monkeypatch.context() as context:
         context.setattr(report, "machine", lambda: f"not {machine}")
         assert not is_done(get_profile(name), "benchmark", params)
