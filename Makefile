@@ -40,7 +40,7 @@ env: $(VENV)/.done ## the environment alone, in build/venv (2 min)
 .PHONY: reproduce
 reproduce: $(RUNS) build/$(PROFILE)/proved ## train, run every notebook, write results/ and the README's numbers (35 min)
 ifeq ($(PROFILE),cpu)
-	@$(BIN)/python -m specdec.report
+	@$(BIN)/python -m specdec.readme
 endif
 
 # What each notebook needs before it: the models of 02, and for 07 the benchmark of 06.
@@ -74,7 +74,7 @@ PROOF := $(addprefix tests/test_,lossless.py statistics.py edges.py sampling.py 
 proof: $(VENV)/.done ## every check and every deliberate mistake of losslessness as a table in results/ (6 min)
 	SPECDEC_PROFILE=$(PROFILE) $(BIN)/python -m pytest $(PROOF) --record-proof
 ifeq ($(PROFILE),cpu)
-	@$(BIN)/python -m specdec.report
+	@$(BIN)/python -m specdec.readme
 endif
 
 build/$(PROFILE)/proved: $(ENGINE) $(wildcard tests/*.py) $(call run,02_model_and_training)
@@ -85,7 +85,7 @@ build/$(PROFILE)/proved: $(ENGINE) $(wildcard tests/*.py) $(call run,02_model_an
 roofline: $(VENV)/.done ## a step of every model beside the floor that memory sets, the seed's sizes too (1 min)
 	$(BIN)/python -m specdec bench --profile $(PROFILE) --roofline
 ifeq ($(PROFILE),cpu)
-	@$(BIN)/python -m specdec.report
+	@$(BIN)/python -m specdec.readme
 endif
 
 .PHONY: soak

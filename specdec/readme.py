@@ -1,0 +1,422 @@
+"""The README's numbers: what stands between its markers is made from ``results/`` and nothing else.
+
+Three blocks: the headline, the sentence on losslessness, and all the numbers with every cell in which speculation loses.
+"""
+
+import json
+from pathlib import Path
+
+from .report import HEADLINE, ROOT, fresh_acceptance, load, load_rows, mistakes_of, results_dir, write_text
+
+PROFILES = {"cpu": "`cpu` profile, two CPU cores", "seed": "`seed` profile, the seed's sizes"}
+
+
+def write(path: Path = ROOT / "README.md") -> None:
+    """Replace what stands between the markers of the README; leaves the file alone when nothing changed."""
+    text = path.read_text()
+    new = with_blocks(text)
+    if new != text:
+        write_text(path, new)
+
+
+def with_blocks(text: str) -> str:
+    """``text`` with each block put between its markers, ``<!-- name:begin -->`` and ``<!-- name:end -->``; ValueError if it
+    lacks some."""
+    for name, block in {"headline": headline, "lossless": lossless, "numbers": numbers}.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"the README lacks the markers {begin} and {end}; put them where the {name} belongs.")
+        text = f"{before}{begin}\n{block()}{end}{after}"
+    return text
+
+
+def headline() -> str:
+    """The speed-ups of every profile that was measured, and what to know before believing them."""
+    lines, asides = [], []
+    for profile in PROFILES:
+        h = _headline_of(profile)
+        if h is None or h["provenance"] is None:
+            lines.append(f"| `{profile}` | | not measured yet | | |")
+            continue
+        for draft, key in (("as trained", "speedup"), ("distilled", "speedup_distilled")):
+            cells = h[key]["T0"], h[key]["T1"], h[f"{key}_block"]["T1"]
+            lines.append(f"| `{profile}`, {h['provenance']['machine'].split(', ')[-1]} | {draft} | {' | '.join(map(_bold, cells))} |")
+        cells, (a, b, c) = _cells(profile), (h["tokens_per_second"][arm] or 0 for arm in "ABC")
+        asides.append(
+            f"- `{profile}`{_sizes(profile)}: at T = 1 the target alone writes {a:,.0f} tokens a second, the draft as trained alone {b:,.0f}, both together "
+            f"{c:,.0f}. The target against itself, A ÷ A, is {_interval(h['aa']['T0'], 3)} at T = 0 and {_interval(h['aa']['T1'], 3)} at "
+            f"T = 1. Speculation loses in {sum(cell['speedup'] < 1 for cell in cells)} of {len(cells)} cells of drafter, T and k."
+        )
+    head = ["| models, machine | small draft | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---" * 5 + "|"]
+    return "\n".join([*head, *lines, "", *asides, "", _picture("cpu", "headline"), ""])
+
+
+def numbers() -> str:
+    """Everything that was measured, profile by profile, and the proof."""
+    parts = []
+    for profile, label in PROFILES.items():
+        h = _headline_of(profile)
+        parts.append(f"### {label}\n")
+        if h is None:
+            parts.append("Not measured yet.\n")
+            continue
+        parts += [_origin(profile), _headline_tables(h, _data_type(profile)), _caveat(profile)]
+        picture = _picture(profile, "speedup_by_k") or _picture(profile, _experiment(profile))
+        parts.append(f"{picture}\n\nPoints: the sweep over k, with its intervals; pale and dashed: predicted.\n" if picture else "")
+        parts += [table(profile) for table in (_other_run, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table)]
+        parts.append(_losing_cells(profile))
+    return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
+
+
+def lossless(profile: str = "cpu") -> str:
+    """One sentence on what `make proof` found."""
+    table = _proof(profile)
+    if not table:
+        return "Not recorded yet: `make proof` does it.\n"
+    checks, controls = ([r for r in table if r["kind"] == kind] for kind in ("check", "control"))
+    failed, passed = sum(r["figure"] > r["bound"] for r in checks), sum(r["figure"] <= r["bound"] for r in controls)
+    return (
+        f"`make proof` found {failed or 'none'} of {len(checks)} figures outside its bound. "
+        f"{len(mistakes_of(controls))} deliberate mistakes were run through the same checks, some of them in several places, and beside "
+        f"them targets that are off by what a test claims to see: of these {len(controls)} controls {passed or 'none'} passed unnoticed.\n"
+    )
+
+
+def _proof(profile: str) -> list[dict]:
+    """The rows of `report.record_proof`; none if there was no proof."""
+    try:
+        return load(profile, "lossless")["values"]["table"]
+    except (ValueError, KeyError):
+        return []
+
+
+def _proof_tables(profile: str = "cpu") -> str:
+    table = _proof(profile)
+    if not table:
+        return lossless(profile)
+    checks, controls = ([r for r in table if r["kind"] == kind] for kind in ("check", "control"))
+    lines = ["| what was compared | figures | largest | bound | looked at |", "|---" * 5 + "|"]
+    for what in dict.fromkeys(r["what"] for r in checks):
+        mine = [r for r in checks if r["what"] == what]
+        worst, n = max(mine, key=lambda r: r["figure"] - r["bound"]), sum(r["n"] or 0 for r in mine)
+        count = f"{n:,}" if n else ""
+        lines.append(f"| {what} | {len(mine)} | {_short(worst['figure'])} | {_short(worst['bound'])} | {count} |")
+    mistakes = ["| deliberate mistake | rejected by | figure | bound |", "|---" * 4 + "|"]
+    mistakes += [f"| {r['name']} | {r['what']} | {_short(r['figure'])} | {_short(r['bound'])} |" for r in controls]
+    return "\n".join([*lines, "", *_folded(f"{len(controls)} controls, and the figure that rejected each", mistakes)])
+
+
+def _folded(title: str, table: list[str]) -> list[str]:
+    """A long table behind its title, which a click opens."""
+    return ["<details>", f"<summary>{title}</summary>", "", *table, "", "</details>", ""]
+
+
+def _headline_of(profile: str) -> dict | None:
+    path = results_dir() / profile / "headline.json"
+    return HEADLINE | json.loads(path.read_text()) if path.exists() else None
+
+
+def _sizes(profile: str) -> str:
+    """How large the models are; empty if their training is not on file."""
+    try:
+        weights = {role: line["weights"] for role, line in load(profile, "training")["values"].items()}
+        return f", a target of {weights['target'] / 1e6:.1f}M weights and a draft of {weights['small'] / 1e6:.1f}M"
+    except (ValueError, KeyError):
+        return ""
+
+
+def _picture(profile: str, name: str) -> str:
+    """The picture of that name, if there is one."""
+    return f"![{name} figure](results/{profile}/{name}.png)" if (results_dir() / profile / f"{name}.png").exists() else ""
+
+
+def _interval(cell: dict | None, digits: int = 2) -> str:
+    if not cell or cell["value"] is None:
+        return "not measured yet"
+    return f"{cell['value']:.{digits}f} [{cell['ci95'][0]:.{digits}f}, {cell['ci95'][1]:.{digits}f}]"
+
+
+def _bold(cell: dict) -> str:
+    """A speed-up of the headline."""
+    if cell["value"] is None:
+        return "not measured yet"
+    return f"**{cell['value']:.2f}×** [{cell['ci95'][0]:.2f}, {cell['ci95'][1]:.2f}], k = {cell['k']}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if abs(value) < 0.01 or abs(value) >= 1e6 else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _data_type(profile: str) -> str:
+    """In what numbers the models decoded, as the roofline found them; empty if it was not measured."""
+    try:
+        return f", weights in {load(profile, 'roofline')['values']['steps'][0]['dtype']}"
+    except (ValueError, KeyError):
+        return ""
+
+
+def _other_run(profile: str) -> str:
+    """What the draft as trained reached in the run of notebook 06, which is not the table's; empty if there was none."""
+    best = (_finished(profile, "benchmark") or {"values": {}})["values"].get("best", {})
+    lines = {t: best.get(f"small T={t}") for t in (0, 1)}
+    if not all(lines.values()) or not (results_dir() / profile / "benchmark_distilled.json").exists():
+        return ""
+    speeds = " and ".join(f"{_speed(line)} at temperature {t} (k = {line['k']})" for t, line in lines.items())
+    return (
+        f"The table and the headline are of notebook 07, where all small drafts ran in turns. In notebook 06, minutes before, the draft as "
+        f"trained reached {speeds}: two runs may differ by more than the intervals, which know the prompts but not "
+        "the machine's moods.\n"
+    )
+
+
+def _experiment(profile: str) -> str:
+    """The benchmark that the profile's headline is of: its own, unless a cut run left only a part of it, else the one on two
+    cores of models trained elsewhere."""
+    return "benchmark_two_cores" if _finished(profile, "benchmark") is None else "benchmark"
+
+
+def _finished(profile: str, experiment: str) -> dict | None:
+    try:
+        result = load(profile, experiment)
+    except ValueError:
+        return None
+    return None if result["params"].get("unfinished") else result
+
+
+def _origin(profile: str) -> str:
+    """What an unattended run trained, on what; empty for a profile whose notebooks tell it."""
+    try:
+        training, roofline, measured = load(profile, "training"), load(profile, "roofline"), load(profile, _experiment(profile))
+        data, trained_on = roofline["params"]["data"], training["provenance"]["machine"]
+    except (ValueError, KeyError):
+        return ""
+    lines = [
+        f"Trained on {trained_on}: {data['tokens'] / 1e6:.1f}M tokens of {data['source']} (sha256 of the tokens {data['sha256'][:12]}…), "
+        "all of GPT-2's ids, and schedules cut to the time there was.", "",
+        "| model | weights | tokens read | seconds | TFLOP/s | validation loss |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for role, v in training["values"].items():
+        tokens = training["params"][role]["tokens"]
+        lines.append(f"| {role} | {v['weights'] / 1e6:.1f}M | {tokens / 1e6:.1f}M | {v['seconds']:.0f} | {v['flops'] / 1e12:.0f} "
+                     f"| {v['validation_loss']:.3f} |")  # fmt: skip
+    distilled = (_finished(profile, "distillation") or {"params": {}})["params"]
+    if distilled.get("texts") == "data+target":
+        lines += ["", f"A distilled draft read {distilled['tokens'] / 1e6:.1f}M tokens more, in its last phase "
+                  f"({distilled.get('divergence', 'forward-kl')}) also what the target itself writes at both temperatures "
+                  f"({distilled['own_text'] / 1e6:.1f}M tokens of it); the control as many of the data's."]  # fmt: skip
+    if _experiment(profile) != "benchmark":
+        n, weights = measured["params"]["n_prompts"], measured["params"].get("weights")
+        lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {n} "
+                  "held-out prompts (on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def _commit(origin: dict) -> str:
+    """The commit of a result, and whether the code was exactly that."""
+    return f"{origin['commit']}{ {False: '', True: ' with changes', None: ', perhaps with changes'}[origin['dirty']]}"
+
+
+def _speed(line: dict | None) -> str:
+    """A speed-up and its interval."""
+    return f"{line['speedup']:.2f}× [{line['ci95_low']:.2f}, {line['ci95_high']:.2f}]" if line else "—"
+
+
+def _drafts_table(profile: str) -> str:
+    """Every draft of the benchmark at the k picked for it, where there are several."""
+    result = _finished(profile, _experiment(profile))
+    if result is None:
+        return ""
+    best, as_block = (result["values"].get(key, {}) for key in ("best", "as_block"))
+    names = [name for key in best for name, _, temperature in [key.partition(" T=")] if temperature == "1" and "k" in best[key]]
+    if len(names) < 2:
+        return ""
+    rows = load_rows(profile, _experiment(profile))
+
+    def rate(name, t):
+        return _interval(fresh_acceptance(rows, name, t, best[f"{name} T={t}"]["k"]))
+
+    which = "Notebook 06, all" if _other_run(profile) else "All"
+    lines = [f"{which} drafts in the same turns, on the same fresh prompts:", "",
+             "| draft | α, T = 0 | α, T = 1 | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for name in names:
+        rates = " | ".join(rate(name, t) for t in (0, 1))
+        found = best.get(f"{name} T=0"), best.get(f"{name} T=1"), as_block.get(f"{name} T=1")
+        speeds = " | ".join(_speed(line) + (f", k = {line['k']}" if line else "") for line in found)
+        lines.append(f"| {name} | {rates} | {speeds} |")
+    return "\n".join([*lines, ""])
+
+
+def _elsewhere_table(profile: str) -> str:
+    """The same models, measured in other ways or on another machine than the headline's."""
+    lines = []
+    for name, how in (("benchmark_eager", "eager"), ("benchmark_graphs", "CUDA graphs"), ("benchmark_two_cores", "two CPU cores")):
+        result = _finished(profile, name)
+        if result is None or name == _experiment(profile):
+            continue
+        best, by_block = result["values"]["best"], result["values"].get("as_block", {})
+        cells = [
+            table.get(f"{draft} T={t}") for draft in ("small", "small distilled") for table, t in ((best, 0), (best, 1), (by_block, 1))
+        ]
+        n_sweep = len({row["prompt"] for row in load_rows(profile, name) if row.get("part") == "sweep"})
+        params, origin = result["params"], result["provenance"]
+        how += f", distilled as in `{params['drafts']}.json`" if "drafts" in params else ""
+        how += f"; {params['remark']}" if "remark" in params else ""
+        lines.append(f"| {how} | {origin['machine']}, {_commit(origin)} | {params['n_prompts']} × {params['new_tokens']}, {n_sweep} "
+                     f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(map(_speed, cells))} |")  # fmt: skip
+    if not lines:
+        return ""
+    head = ["The same target otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
+            "| passes | machine, commit | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | 1, as a block | distilled, 0 | 1 "
+            "| 1, as a block |", "|---" * 10 + "|"]  # fmt: skip
+    return "\n".join([*head, *lines, ""])
+
+
+def _accelerator_table(profile: str) -> str:
+    """A step of each model on a GPU, in all the ways that passes can run; empty where there was none."""
+    try:
+        result = load(profile, "roofline")
+        steps = [s for s in result["values"]["steps"] if s["sizes"] == profile]
+    except (ValueError, KeyError):
+        return ""
+    if len({s["passes"] for s in steps}) < 2:
+        return ""
+    lines = [f"A decoding step, its draw included, on {result['provenance']['machine']}, {steps[0]['dtype']}:", "",
+             "| passes | target, ms | of the floor that memory sets | v(5) | v(9) | small draft, ms | medium draft, ms |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    by_name = {(s["passes"], s["model"]): s for s in steps}
+    for passes in dict.fromkeys(s["passes"] for s in steps):
+        target, (small, medium) = by_name[passes, "target"], (
+            f"{by_name[passes, role]['seconds'] * 1e3:.2f}" if (passes, role) in by_name else "—" for role in ("small", "medium")
+        )  # fmt: skip
+        lines.append(f"| {passes} | {target['seconds'] * 1e3:.2f} | {target['fraction']:.0%} | {target['v5']:.2f} | {target['v9']:.2f} "
+                     f"| {small} | {medium} |")  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def _headline_tables(h: dict, data_type: str = "") -> str:
+    def number(value, digits=2):
+        return "not measured yet" if value is None else f"{value:.{digits}f}"
+
+    def pair(key, show):
+        return f"{show(h[key]['T0'])} | {show(h[key]['T1'])}"
+
+    def errors(found):
+        return "not measured yet" if not found else (
+            f"R² = {number(found['r2'])}, {found['mean_error']:+.0%} on average, {found['within']} of {found['n']} within the interval")  # fmt: skip
+
+    seconds, proof = h["tokens_per_second"], h["lossless"]
+    lines = [
+        "| | temperature 0 | temperature 1 |",
+        "|---|---|---|",
+        f"| speed-up C ÷ A, small draft as trained | {_bold(h['speedup']['T0'])} | {_bold(h['speedup']['T1'])} |",
+        f"| the same, drafts judged as a block | as above: both rules agree | {_bold(h['speedup_block']['T1'])} |",
+        f"| speed-up C ÷ A, small draft distilled | {_bold(h['speedup_distilled']['T0'])} "
+        f"| {_bold(h['speedup_distilled']['T1'])} |",
+        f"| the same, drafts judged as a block | as above: both rules agree | {_bold(h['speedup_distilled_block']['T1'])} |",
+        f"| α, as trained | {pair('alpha', _interval)} |",
+        f"| α, distilled | {pair('alpha_distilled', _interval)} |",
+        f"| α, control: equal extra steps of cross-entropy | {pair('alpha_control', _interval)} |",
+        f"| tokens per round, as trained | {pair('tokens_per_round', number)} |",
+        f"| tokens per round, distilled | {pair('tokens_per_round_distilled', number)} |",
+        f"| the target against itself, A ÷ A | {pair('aa', lambda cell: _interval(cell, 3))} |",
+        "",
+        f"Tokens per second at temperature 1, draft as trained: A (target alone) {number(seconds['A'], 0)}, B (draft alone) "
+        f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step, timed beside the sweep over k: "
+        f"draft step c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the "
+        f"decision o = {number(h['o'], 3)}. (c is less than A ÷ B, since B draws one token a call, and C all drafts of a round.)",
+        "",
+        f"Speed-up predicted from costs and acceptance against measured: in the sweep, which both come from, "
+        f"{errors(h['prediction']['sweep'])}; on the fresh prompts {errors(h['prediction']['fresh'])}.",
+        "",
+    ]
+    if proof["checks"] is not None:
+        lines += [
+            f"Losslessness: {proof['checks']} checks, {proof['failed']} failed; {proof['mistakes']} deliberate mistakes in "
+            f"{proof['controls']} controls, {proof['controls_rejected']} of them rejected.",
+            "",
+        ]
+    if h["provenance"]:
+        p = h["provenance"]
+        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{data_type}, commit {_commit(p)}.", ""]
+    return "\n".join(lines)
+
+
+def _caveat(profile: str) -> str:
+    """Greedy decoding falls into loops that any draft can follow: say how much the texts repeat themselves."""
+    try:
+        best = load(profile, _experiment(profile))["values"]["best"]
+        distinct = [best[f"target T={t}"]["distinct_fraction"] for t in (0, 1)]
+        held_out = load(profile, "distillation")["values"]["alpha_held_out"]
+    except (ValueError, KeyError):
+        return ""
+    rates = ", ".join(f"{held_out[name]['T0']:.2f} and {held_out[name]['T1']:.2f} {name}" for name in held_out)
+    return (
+        f"At temperature 0 these small models repeat themselves ({distinct[0]:.0%} of a text's tokens are distinct, "
+        f"{distinct[1]:.0%} at temperature 1), and a draft that follows a loop is easily right: the left column flatters. "
+        f"On held-out text α at temperatures 0 and 1 is {rates}.\n"
+    )
+
+
+def _peers_table(profile: str) -> str:
+    """Ours and transformers' on the same weights, each at its best setting."""
+    try:
+        peers = load(profile, "peers")
+    except ValueError:
+        return ""
+    cells = {(c["arm"].split(" k=")[0].removesuffix(" static cache"), c["temperature"]): c
+             for c in peers["values"]["cells"] if c["part"] == "final"}  # fmt: skip
+    ratios, version = peers["values"]["ours_by_theirs"], peers["params"]["transformers"]
+    lines = [
+        f"The same weights in transformers {version}, in turns with ours, each side at its best setting "
+        f"({peers['params']['draft']} draft, {peers['provenance']['machine']}, commit {peers['provenance']['commit']}; `make peers`):", "",
+        "| | temperature | ours, tokens/s | transformers, tokens/s | ours ÷ theirs |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    names = {"alone": "target alone", "draft": "with the draft", "lookup": "prompt lookup"}
+    for kind, by_temperature in ratios.items():
+        for key, ratio in by_temperature.items():
+            t = float(key.removeprefix("T"))
+            ours, theirs = (cells[f"{side} {kind}", t]["tokens_per_second"] for side in ("ours", "transformers"))
+            lines.append(f"| {names[kind]} | {t:g} | {ours:.0f} | {theirs:.0f} "
+                         f"| {ratio['value']:.2f}× [{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}] |")  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def _recipes_table(profile: str) -> str:
+    rows = load_rows(profile, "recipes")
+    if not rows:
+        return ""
+    columns = [name for name in rows[0] if "T =" in name]
+    lines = ["What a draft may learn from, in equal steps, and the α that it reaches (`make distill`):", "",
+             "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+    lines += [f"| {row['recipe']} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def _cells(profile: str) -> list[dict]:
+    """Every drafter, temperature and k that was measured: in the sweeps, once more at the k picked, and judged as a block."""
+    name = _experiment(profile)
+    cells = [c for c in load_rows(profile, f"{name}_cells") + load_rows(profile, "benchmark_distilled_cells") if isinstance(c.get("k"), float)]
+    values = load(profile, name)["values"] if cells else {}
+    for part, remark in (("best", "once more on fresh prompts"), ("as_block", "judged as a block")):
+        for key, line in values.get(part, {}).items():
+            if "k" in line:
+                draft, temperature = key.split(" T=")
+                cells.append(line | {"draft": f"{draft}, {remark}", "temperature": float(temperature)})
+    return cells
+
+
+def _losing_cells(profile: str) -> str:
+    measured = _cells(profile)
+    losing = [c for c in measured if c["speedup"] < 1]
+    if not measured:
+        return ""
+    title = f"Cells in which speculation loses: {len(losing)} of {len(measured)}"
+    table = ["| draft | temperature | k | speed-up |", "|---" * 4 + "|"]
+    table += [f"| {c['draft']} | {c['temperature']:g} | {c['k']:g} | {c['speedup']:.2f}× |" for c in losing]
+    return "\n".join(_folded(title, table) if losing else [f"{title}.", ""])
+
+
+if __name__ == "__main__":
+    write()

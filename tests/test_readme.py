@@ -1,0 +1,121 @@
+"""The README says what is in results/, what is not there yet, and where speculation loses."""
+
+import pytest
+
+from specdec import readme, report
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path))
+    return tmp_path
+
+
+def test_the_headline_has_every_profile_and_what_to_know_of_it():
+    assert readme.headline().count("not measured yet") == 2
+    cell = {"value": 2.0, "ci95": [1.9, 2.1], "k": 4}
+    origin = {"machine": "a processor, an accelerator"}
+    report.update_headline("seed", origin, speedup={"T0": cell, "T1": cell | {"value": 1.5}}, aa={"T0": cell | {"value": 1.01}, "T1": cell},
+                           tokens_per_second={"A": 10, "B": 9000, "C": 15})  # fmt: skip
+    report.record("seed", "training", params={}, values={"target": {"weights": 150e6}, "small": {"weights": 27.1e6}})
+    cells = [{"draft": "small", "temperature": 1.0, "k": 4, "speedup": 1.5}, {"draft": "small", "temperature": 1.0, "k": 8, "speedup": 0.9}]
+    report.record("seed", "benchmark_cells", params={}, values={}, rows=cells)
+    report.record("seed", "benchmark", params={}, values={"best": {}})
+    text = readme.headline()
+    assert "| `cpu` | | not measured yet | | |" in text
+    assert "| `seed`, an accelerator | as trained | **2.00×** [1.90, 2.10], k = 4 | **1.50×** [1.90, 2.10], k = 4 | not measured yet |" in text
+    assert "a target of 150.0M weights and a draft of 27.1M: at T = 1 the target alone writes 10 tokens a second" in text
+    assert "alone 9,000, both together 15." in text and "is 1.010 [1.900, 2.100] at T = 0" in text
+    assert "loses in 1 of 2 cells" in text
+
+
+def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
+    assert readme.numbers().count("Not measured yet") == 2
+    report.update_headline("cpu", speedup={"T0": {"value": 2.0, "ci95": [1.9, 2.1], "k": 4}, "T1": report.HEADLINE["speedup"]["T1"]})
+    cells = [{"draft": "small", "temperature": 0.0, "k": 4, "speedup": 2.0}, {"draft": "medium", "temperature": 1.0, "k": 8, "speedup": 0.7}]
+    report.record("cpu", "benchmark_cells", params={}, values={}, rows=cells)
+    best = {"small T=0": {"k": 4, "speedup": 1.9}, "lookup T=1": {"k": 2, "speedup": 0.8}, "target T=1": {"speedup": 1.0}}
+    report.record("cpu", "benchmark", params={}, values={"best": best})
+    block = readme.numbers()
+    assert "**2.00×** [1.90, 2.10], k = 4" in block and "not measured yet" in block
+    assert "loses: 2 of 4" in block and "| lookup, once more on fresh prompts | 1 | 2 | 0.80× |" in block
+    assert "| medium | 1 | 8 | 0.70× |" in block and "| small | 0 | 4" not in block
+
+
+def test_all_drafts_have_a_line():
+    report.update_headline("seed", c=0.1)
+    assert "All drafts" not in readme.numbers()
+    line = {"k": 3, "speedup": 1.25, "ci95_low": 1.2, "ci95_high": 1.3}
+    best = {f"{name} T={t}": line | {"k": t} for name in ("small", "medium") for t in (0, 1)} | {"target T=1": {"speedup": 1.0}}
+    rows = [
+        {"temperature": float(t), "part": part, "arm": f"C {name} k={t}", "prompt": p, "accepted": accepted, "examined": 8}
+        for name, accepted in (("small", 4), ("medium", 6)) for t in (0, 1) for part in ("sweep", "final") for p in (0, 1)
+    ]  # fmt: skip
+    report.record("seed", "benchmark", params={}, values={"best": best, "as_block": {"medium T=1": line}}, rows=rows)
+    block, speeds = readme.numbers(), "1.25× [1.20, 1.30], k = 0 | 1.25× [1.20, 1.30], k = 1"
+    assert f"| small | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | {speeds} | — |" in block
+    assert f"| medium | 0.75 [0.75, 0.75] | 0.75 [0.75, 0.75] | {speeds} | 1.25× [1.20, 1.30], k = 3 |" in block
+
+
+def test_the_readme_changes_only_between_its_markers(tmp_path):
+    blocks = "\n".join(f"{name}\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in ("headline", "lossless", "numbers"))
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{blocks}\nafter\n")
+    readme.write(path)
+    text = path.read_text()
+    assert text.startswith("before\nheadline\n<!-- headline:begin -->\n| models") and text.endswith("<!-- numbers:end -->\nafter\n")
+    assert "old" not in text and text == readme.with_blocks(text)
+    with pytest.raises(ValueError, match="lacks the markers <!-- lossless:begin -->"):
+        readme.with_blocks(text.replace("lossless:", ""))
+
+
+def test_the_committed_readme_is_what_results_say(monkeypatch):
+    monkeypatch.delenv("SPECDEC_RESULTS")
+    text = (report.ROOT / "README.md").read_text()
+    assert text == readme.with_blocks(text), "run `make reproduce`, or `python -m specdec.readme` after another measurement"
+
+
+def test_peers_and_recipes_are_shown_once_they_are_recorded():
+    report.update_headline("cpu", c=0.1)
+    assert "transformers" not in readme.numbers() and "recipe" not in readme.numbers()
+    arms = {"ours alone": 100, "transformers alone static cache": 50, "ours draft k=4": 200, "transformers draft": 40}
+    cells = [{"arm": arm, "temperature": 1.0, "part": "final", "tokens_per_second": s} for arm, s in arms.items()]
+    ratios = {"alone": {"T1": {"value": 2.0, "ci95": [1.9, 2.1]}}, "draft": {"T1": {"value": 5.0, "ci95": [4.5, 5.5]}}}
+    report.record("cpu", "peers", params={"draft": "distilled", "transformers": "5.0"}, values={"ours_by_theirs": ratios, "cells": cells})
+    report.record("cpu", "recipes", params={}, values={}, rows=[{"recipe": "control", "role": "small", "text, T = 1": 0.5}])
+    block = readme.numbers()
+    assert "| target alone | 1 | 100 | 50 | 2.00× [1.90, 2.10] |" in block
+    assert "| with the draft | 1 | 200 | 40 | 5.00× [4.50, 5.50] |" in block
+    assert "| control | 0.500 |" in block
+
+
+def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
+    report.update_headline("seed", tokens_per_second={"A": 10, "B": 90, "C": 20})
+    assert "Trained on" not in readme.numbers() and "A decoding step" not in readme.numbers()
+    line = {"weights": 3e6, "seconds": 5.0, "flops": 7e12, "validation_loss": 4.5}
+    report.record("seed", "training", params={"target": {"tokens": 2e6}}, values={"target": line})
+    steps = [
+        {"sizes": "seed", "passes": passes, "model": model, "dtype": "bfloat16", "seconds": 0.004, "fraction": 0.5, "v5": 1.1, "v9": 1.2}
+        for passes in ("eager", "graphs") for model in ("target", "small")
+    ]  # fmt: skip
+    data = {"tokens": 4e6, "source": "local text", "sha256": "0123456789abcdef"}
+    report.record("seed", "roofline", params={"data": data}, values={"steps": steps})
+    cell = {"speedup": 1.5, "ci95_low": 1.4, "ci95_high": 1.6, "tokens_per_second": 70}
+    two_cores = {"target T=1": cell, "small T=0": cell, "small distilled T=1": cell}
+    params, values = {"n_prompts": 9, "new_tokens": 5}, {"best": two_cores, "as_block": {"small distilled T=1": cell}}
+    report.record("seed", "benchmark_two_cores", params=params | {"drafts": "distillation_old"}, values=values, rows=[
+        {"prompt": prompt, "part": part} for prompt, part in ((0, "sweep"), (1, "sweep"), (1, "sweep"), (2, "final"))
+    ])  # fmt: skip
+    text = readme.numbers()
+    assert "4.0M tokens of local text (sha256 of the tokens 0123456789ab…)" in text
+    assert "| target | 3.0M | 2.0M | 5 | 7 | 4.500 |" in text and "| graphs | 4.00 | 50% | 1.10 | 1.20 | 4.00 | — |" in text
+    assert "with 9 held-out prompts (on the GPU itself C ÷ A is not measured yet)" in text
+    report.record("seed", "benchmark", params={"unfinished": True}, values={"best": {}})  # cut off
+    assert "two CPU cores** with" in readme.numbers() and "otherwise" not in readme.numbers()
+    report.record("seed", "benchmark", params={}, values={"best": {}})  # once it is, two cores are no longer the headline
+    params = {"texts": "data+target", "tokens": 6e6, "own_text": 1e6}
+    report.record("seed", "distillation", params=params, values={})
+    text = readme.numbers()
+    assert "two CPU cores** with" not in text and "read 6.0M tokens more" in text and "(1.0M tokens of it)" in text
+    assert "| two CPU cores, distilled as in `distillation_old.json` |" in text
+    assert "| 9 × 5, 2 | 70 | 1.50× [1.40, 1.60] | — | — | — | 1.50× [1.40, 1.60] | 1.50× [1.40, 1.60] |" in text
