@@ -3,6 +3,7 @@ PROFILE ?= cpu
 PARAMS ?=
 PYTHON ?= python3
 SOAK_MINUTES ?= 10
+RUNS ?= 5
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -100,6 +101,13 @@ distill: $(VENV)/.done ## what a draft may learn from: every loss and text compa
 peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (15 min)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]' -c requirements.lock
 	$(BIN)/python -m specdec bench --profile $(PROFILE) --peers --draft distilled --prompts 8
+
+.PHONY: runs
+runs: $(VENV)/.done ## the headline's speed-ups once more, by RUNS=5 processes one after another, into results/ (10 min)
+	for run in $$(seq $(RUNS)); do $(BIN)/python -m specdec bench --profile $(PROFILE) --again; done
+ifeq ($(PROFILE),cpu)
+	@$(BIN)/python -m specdec.readme
+endif
 
 MINUTES ?= 25
 DATA ?=

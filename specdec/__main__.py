@@ -20,7 +20,7 @@ from .engine import Trace, generate, speculate
 from .export import export_model, model_card
 from .inference import ready, ready_rule
 from .profiles import PROFILES, get_profile
-from .reproduce import compare_recipes, reproduce
+from .reproduce import compare_recipes, measure_again, reproduce
 from .sampling import RULES, Randomness, Sampling
 from .train import load_or_train
 
@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
     sub.add_argument("--roofline", action="store_true", help="a decoding step of every model beside the floor that memory sets, "
                      "of the profile's and, with random weights, of the seed's sizes")  # fmt: skip
+    sub.add_argument("--again", action="store_true", help="only what the headline quotes, once more, beside earlier runs in results/")
     sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
     sub.add_argument("--draft", default="small", help="with --peers: small, medium or distilled (default: small)")
     sub.add_argument("--prompts", type=int, help="with --peers: how many prompts the best settings meet (default: the profile's)")
@@ -202,6 +203,8 @@ def run_bench(options) -> None:
         return run_roofline(options)
     if options.peers:
         return run_peers(options)
+    if options.again:
+        return run_again(options)
     profile = get_profile(options.profile)
     if options.json and (os.path.isdir(options.json) or not os.access(Path(options.json).parent, os.W_OK)):
         raise ValueError(f"{options.json!r} cannot be written; name a file in a folder that is there.")
@@ -243,6 +246,10 @@ def run_roofline(options) -> None:
         verify = " ".join(f"{s[f'v{m}']:5.2f}" for m in (2, 5, 9) if f"v{m}" in s)
         print(f"{s['sizes'] + ' ' + s['model']:18s} {s['dtype']:>9s} {s['passes']:>9s} {s['bytes'] / 1e6:10.1f} "
               f"{s['floor_seconds'] * 1e3:9.2f} {s['seconds'] * 1e3:8.2f} {s['fraction']:12.0%} {verify}")  # fmt: skip
+
+
+def run_again(options) -> None:
+    measure_again(get_profile(options.profile), say=lambda line: print(line, flush=True))
 
 
 def run_peers(options) -> None:

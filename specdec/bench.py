@@ -482,6 +482,29 @@ def run(
     return out
 
 
+def once_more(
+    target: Transformer, drafters: dict[str, Drafter], data: TokenData, config: BenchConfig, picked: dict[str, dict[str, dict]]
+) -> list[dict]:  # fmt: skip
+    """A line for every arm that `run` had on fresh prompts with one of ``drafters``, measured anew on the same texts: whatever
+    differs is the machine's. ``picked`` has the k of "token-wise" and "block" by keys like "small T=0"."""
+    _, final = split_prompts(data, config)
+    lines = []
+    for temperature in config.temperatures:
+        sampling = Sampling(temperature)
+        baseline = target_alone(target, config, sampling)
+        arms, names = {"A": baseline, "A again": baseline}, {"A again": {"draft": None}}
+        for name, drafter in drafters.items():
+            for rule in (token_wise, block):
+                of_rule = "block" if rule is block else "token-wise"
+                if (line := picked[of_rule].get(f"{name} T={temperature:g}")) is not None:
+                    arms[arm := f"C {name} {of_rule} k={line['k']}"] = both(target, drafter, line["k"], config, sampling, rule)
+                    names[arm] = {"draft": name, "rule": of_rule, "k": line["k"]}
+        rows = measure(arms, final, seed=config.seed + 1000, repeats=config.repeats, device=target.device)
+        alone = cell(rows, "A", "A")["tokens_per_second"]
+        lines += [{"temperature": temperature} | names[arm] | cell(rows, arm, "A") | {"target_alone": alone} for arm in names]
+    return lines
+
+
 def kept_probs(
     target: Transformer, drafter: Drafter, prompts: list[list[int]], k: int, config: BenchConfig, sampling: Sampling
 ) -> list[Trace]:

@@ -4,6 +4,7 @@ Three blocks: the headline, the sentence on losslessness, and all the numbers wi
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from .report import HEADLINE, ROOT, fresh_acceptance, load, load_rows, mistakes_of, results_dir, write_text
@@ -48,6 +49,7 @@ def headline() -> str:
             f"- `{profile}`{_sizes(profile)}: at T = 1 the target alone writes {a:,.0f} tokens a second, the draft as trained alone {b:,.0f}, both together "
             f"{c:,.0f}. The target against itself, A ÷ A, is {_interval(h['aa']['T0'], 3)} at T = 0 and {_interval(h['aa']['T1'], 3)} at "
             f"T = 1. Speculation loses in {sum(cell['speedup'] < 1 for cell in cells)} of {len(cells)} cells of drafter, T and k."
+            + _again(profile)
         )
     head = ["| models, machine | small draft | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---" * 5 + "|"]
     return "\n".join([*head, *lines, "", *asides, "", _picture("cpu", "headline"), ""])
@@ -65,7 +67,7 @@ def numbers() -> str:
         parts += [_origin(profile), _headline_tables(h, _data_type(profile)), _caveat(profile)]
         picture = _picture(profile, "speedup_by_k") or _picture(profile, _experiment(profile))
         parts.append(f"{picture}\n\nPoints: the sweep over k, with its intervals; pale and dashed: predicted.\n" if picture else "")
-        parts += [table(profile) for table in (_other_run, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table)]
+        parts += [table(profile) for table in (_other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table)]
         parts.append(_losing_cells(profile))
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
@@ -169,6 +171,35 @@ def _other_run(profile: str) -> str:
         f"trained reached {speeds}: two runs may differ by more than the intervals, which know the prompts but not "
         "the machine's moods.\n"
     )
+
+
+def _again(profile: str) -> str:
+    """The headline's last cell by other processes."""
+    found = [row["speedup"] for row in load_rows(profile, "runs") if (row["draft"], row["rule"]) == ("small distilled", "block")]
+    return f" The last column's distilled draft, by {len(found)} other processes: {min(found):.2f}× to {max(found):.2f}×." if found else ""
+
+
+def _runs_table(profile: str) -> str:
+    """How far the headline's speed-ups move from process to process; empty where it was not measured again."""
+    rows = load_rows(profile, "runs")
+    if not rows:
+        return ""
+    runs = len({row["run"] for row in rows})
+
+    def spread(name, values, show):
+        return f"| {name} | {' | '.join(show(v) for v in (min(values), statistics.median(values), max(values)))} |"
+
+    lines = [f"The same arms and texts in {runs} further processes, one after another (`make runs`):", "",
+             "| | lowest | median | highest |", "|---" * 4 + "|"]  # fmt: skip
+    for t in sorted({row["temperature"] for row in rows}):
+        mine = [row for row in rows if row["temperature"] == t]
+        lines.append(spread(f"target alone, T = {t:g}, tokens/s", [row["target_alone"] for row in mine], lambda v: f"{v:.0f}"))
+        for arm in dict.fromkeys(row["arm"] for row in mine):
+            cells = [row for row in mine if row["arm"] == arm]
+            draft, rule, k = (cells[0][key] for key in ("draft", "rule", "k"))
+            name = "A ÷ A" if not draft else f"{draft}{', judged as a block' if rule == 'block' else ''}, T = {t:g}, k = {k:g}"
+            lines.append(spread(name, [row["speedup"] for row in cells], (lambda v: f"{v:.2f}×") if draft else (lambda v: f"{v:.3f}")))
+    return "\n".join([*lines, ""])
 
 
 def _experiment(profile: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from . import bench, report, roofline
+from . import bench, native, report, roofline
 from .data import TokenData, build_dir, tokens_for, write_json
 from .distill import acceptance, distillation_loss, load_or_distill, written
 from .drafting import PromptLookup
@@ -26,7 +26,7 @@ from .inference import PASSES, ready
 from .model import ModelConfig, Transformer
 from .profiles import PROFILES, BenchConfig, Profile, Schedule, count, get_profile
 from .sampling import Sampling
-from .train import History, Loss, cross_entropy, load_or_train, train
+from .train import History, Loss, cross_entropy, load_or_train, source_key, train
 
 ROLES = ("target", "small", "medium")
 DISTILLED = {"small distilled": ("small", None), "small control": ("small", "cross-entropy"),
@@ -279,6 +279,41 @@ def measure(
     target, drafters, alone = bench.equip(here, settings, data)
     drafters["lookup"] = PromptLookup(target.config.n_ids, device=target.device)
     return bench.run(target, drafters, alone, data, settings, after)
+
+
+def measure_again(
+    profile: Profile, *, device: str | torch.device | None = None, say: Callable[[str], None] = print
+) -> list[dict]:  # fmt: skip
+    """``runs.json``: what the headline quotes, measured once more by this process, beside what earlier ones found. Intervals
+    over prompts do not know how a machine's state and a process's memory move a speed-up; the runs do.
+
+    They are kept together as long as weights, settings, k, code and machine are the same.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    notebooks_ran = (report.results_dir() / profile.name / "benchmark_distilled.json").exists()
+    headline = report.load(profile.name, "benchmark_distilled" if notebooks_ran else "benchmark")["values"]
+    models = {"target": load_or_train(profile, "target", device=device)[0], "small": load_or_train(profile, "small", device=device)[0],
+              "small distilled": load_or_distill(profile, device=device)[0]}  # fmt: skip
+    picked = {
+        rule: {key: {"k": line["k"]} for key, line in headline[table].items() if key.partition(" T=")[0] in models and "k" in line}
+        for rule, table in (("token-wise", "best"), ("block", "as_block"))
+    }
+    params = asdict(profile.bench) | {
+        "picked": picked, "fingerprints": {name: fingerprint(model) for name, model in models.items()},
+        "sources": source_key("sampling", "model", "passes", "native", "compiled", "inference", "drafting", "engine"),
+        "native": native.library_path().stem,
+    }  # fmt: skip
+    rows = report.load_rows(profile.name, "runs") if is_done(profile, "runs", params) else []
+    data = tokens_for(profile)
+    target, drafters, _ = bench.equip(models, profile.bench, data)
+    number = 1 + max((int(row["run"]) for row in rows), default=0)
+    new = [{"run": number} | line for line in bench.once_more(target, drafters, data, profile.bench, picked)]
+    for line in new:
+        what = f"{line['draft']} {line['rule']}, k = {line['k']}" if line["draft"] else "A ÷ A"
+        say(f"run {number}, T = {line['temperature']:g}: {what}: {line['speedup']:.2f}× [{line['ci95_low']:.2f}, {line['ci95_high']:.2f}] "
+            f"of {line['target_alone']:.0f} tokens/s")  # fmt: skip
+    report.record(profile.name, "runs", params=params, values={"runs": number}, rows=rows + new, seed=profile.bench.seed)
+    return new
 
 
 @contextmanager

@@ -26,7 +26,10 @@ def test_the_headline_has_every_profile_and_what_to_know_of_it():
     assert "| `seed`, an accelerator | as trained | **2.00×** [1.90, 2.10], k = 4 | **1.50×** [1.90, 2.10], k = 4 | not measured yet |" in text
     assert "a target of 150.0M weights and a draft of 27.1M: at T = 1 the target alone writes 10 tokens a second" in text
     assert "alone 9,000, both together 15." in text and "is 1.010 [1.900, 2.100] at T = 0" in text
-    assert "loses in 1 of 2 cells" in text
+    assert "loses in 1 of 2 cells" in text and "other processes" not in text
+    rows = [{"draft": "small distilled", "rule": "block", "speedup": s} for s in (1.7, 1.9, 1.8)] + [{"draft": "small", "rule": "block", "speedup": 1.0}]
+    report.record("seed", "runs", params={}, values={}, rows=rows)
+    assert "by 3 other processes: 1.70× to 1.90×" in readme.headline()
 
 
 def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
@@ -119,3 +122,17 @@ def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
     assert "two CPU cores** with" not in text and "read 6.0M tokens more" in text and "(1.0M tokens of it)" in text
     assert "| two CPU cores, distilled as in `distillation_old.json` |" in text
     assert "| 9 × 5, 2 | 70 | 1.50× [1.40, 1.60] | — | — | — | 1.50× [1.40, 1.60] | 1.50× [1.40, 1.60] |" in text
+
+
+def test_runs_are_shown_by_their_spread():
+    report.update_headline("cpu", c=0.1)
+    assert "further processes" not in readme.numbers()
+    rows = [
+        {"run": run, "temperature": 1.0, "arm": arm, "draft": draft, "rule": rule, "k": 5, "speedup": speedup, "target_alone": 500 + run}
+        for run, speedups in enumerate(((1.01, 2.5), (0.99, 2.0), (1.0, 3.0)), 1)
+        for arm, draft, rule, speedup in (("A again", None, None, speedups[0]), ("C small block k=5", "small", "block", speedups[1]))
+    ]  # fmt: skip
+    report.record("cpu", "runs", params={}, values={}, rows=rows)
+    block = readme.numbers()
+    assert "in 3 further processes" in block and "| target alone, T = 1, tokens/s | 501 | 502 | 503 |" in block
+    assert "| A ÷ A | 0.990 | 1.000 | 1.010 |" in block and "| small, judged as a block, T = 1, k = 5 | 2.00× | 2.50× | 3.00× |" in block

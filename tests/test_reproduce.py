@@ -10,7 +10,7 @@ from specdec import report
 from specdec.__main__ import main
 from specdec.data import tokens_for
 from specdec.profiles import PROFILES, count, get_profile, scaled
-from specdec.reproduce import is_done, label, reproduce, stages, training_flops
+from specdec.reproduce import is_done, label, measure_again, reproduce, stages, training_flops
 from specdec.train import load_or_train
 
 
@@ -71,6 +71,22 @@ def test_the_chain_within_a_budget_of_seconds(home, monkeypatch):
     again = []
     assert reproduce("ci", minutes=0.5, device="cpu", say=again.append) == name
     assert "benchmark: done before" in again
+
+    # the headline's arms by other processes: kept together while they are of the same models, code and machine
+    for run in (1, 2):
+        lines = measure_again(get_profile(name), device="cpu", say=again.append)
+        assert {(line["draft"], line["rule"], line["temperature"]) for line in lines if line["draft"]} == {
+            (draft, rule, t) for draft in ("small", "small distilled") for rule, t in (("token-wise", 0.0), ("token-wise", 1.0), ("block", 1.0))
+        }  # fmt: skip
+        assert {line["k"] for line in lines if line["draft"] == "small" and line["rule"] == "token-wise"} <= {
+            best["k"] for key, best in benchmark["values"]["best"].items() if key.startswith("small T")
+        }  # fmt: skip
+        rows = report.load_rows("ci", "runs")
+        assert {row["run"] for row in rows} == set(range(1, run + 1)) and len(rows) == run * len(lines)
+    params = report.load("ci", "runs")["params"]
+    report.record("ci", "runs", params=params | {"sources": "older"}, values={}, rows=rows)
+    measure_again(get_profile(name), device="cpu", say=again.append)
+    assert {row["run"] for row in report.load_rows("ci", "runs")} == {1}
 
 
 def test_local_text_and_a_budget_of_tokens(home, capsys):
