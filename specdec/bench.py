@@ -64,21 +64,24 @@ def measure(
     The arms take turns on each prompt, starting with another one each time; the first ``warmup`` prompts run once
     more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. All prompts are gone
     through ``repeats`` times, minutes apart, and a row adds up what one arm needed for one prompt. A text in which the
-    system says that it gave a processor to another machine is run again, twice at most, whatever arm it is. ``traces``
+    system says that it gave a processor to another machine is run again, twice at most, whatever arm it is; but after one
+    text in ten no more, for where processors are taken away all the time there is nothing better to wait for. ``traces``
     receives what each arm did the first time, prompt by prompt; ``between`` is called after each prompt.
     """
     names, runs = list(arms), {}
     order = [(0, -1, p) for p in prompts[:warmup]] + [(r, i, p) for r in range(repeats) for i, p in enumerate(prompts)]
+    spare = max(2, len(order) * len(names) // 10)
     for r, i, prompt in tqdm(order, desc="measure", disable=not sys.stderr.isatty(), leave=False):
         first = (i + r) % len(names)
         for name in names[first:] + names[:first]:
-            for _ in range(3):
+            for attempt in range(3):
                 trace, before = Trace(clock=time.perf_counter), stolen()
                 began = clock()
                 arms[name](prompt, Randomness(seed + i, device), trace)
                 seconds = clock() - began
-                if stolen() == before:
+                if stolen() == before or attempt == 2 or spare == 0:
                     break
+                spare -= 1
             if i >= 0:
                 runs.setdefault((name, i), []).append((seconds, trace))
                 if traces is not None and r == 0:

@@ -172,6 +172,14 @@ def test_a_text_whose_processor_was_taken_away_is_run_again(monkeypatch, stolen,
     assert len(ran) == runs and len(rows) == 1
 
 
+def test_where_processors_are_always_taken_away_few_texts_are_run_again(monkeypatch):
+    ticks, ran = iter(range(10**6)), []
+    monkeypatch.setattr(bench, "stolen", lambda: next(ticks))
+    arms = {name: (lambda prompt, randomness, trace: ran.append(prompt)) for name in "AB"}
+    bench.measure(arms, [[1]] * 20, seed=0, warmup=0, repeats=2)
+    assert len(ran) == 80 + 8
+
+
 def test_stolen_time_is_read_where_it_is_counted(tmp_path):
     (tmp_path / "new").write_text("cpu  10 20 30 40 50 60 70 88 90 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n")
     (tmp_path / "old").write_text("cpu  10 20 30 40\n")  # as systems did that knew of no other machine
