@@ -176,7 +176,18 @@ def _other_run(profile: str) -> str:
 def _again(profile: str) -> str:
     """The headline's last cell by other processes."""
     found = [row["speedup"] for row in load_rows(profile, "runs") if (row["draft"], row["rule"]) == ("small distilled", "block")]
-    return f" The last column's distilled draft, by {len(found)} other processes: {min(found):.2f}× to {max(found):.2f}×." if found else ""
+    if not found:
+        return ""
+    return f" The last column's distilled draft by {len(found)} other processes{_where(profile)}: {min(found):.2f}× to {max(found):.2f}×."
+
+
+def _where(profile: str) -> str:
+    """On what `make runs` ran, where that is not what the headline is of."""
+    runs, origin = load(profile, "runs"), _headline_of(profile)["provenance"]
+    machine = runs["provenance"]["machine"]
+    if origin and origin["machine"] == machine:
+        return ""
+    return f" on {machine.split(', ')[-1]} with models trained there, in {runs['params']['decoded_in']}"
 
 
 def _runs_table(profile: str) -> str:
@@ -189,7 +200,7 @@ def _runs_table(profile: str) -> str:
     def spread(name, values, show):
         return f"| {name} | {' | '.join(show(v) for v in (min(values), statistics.median(values), max(values)))} |"
 
-    lines = [f"The same arms and texts in {runs} further processes, one after another (`make runs`):", "",
+    lines = [f"The same arms and texts in {runs} further processes{_where(profile)} (`make runs`):", "",
              "| | lowest | median | highest |", "|---" * 4 + "|"]  # fmt: skip
     for t in sorted({row["temperature"] for row in rows}):
         mine = [row for row in rows if row["temperature"] == t]

@@ -298,14 +298,15 @@ def measure_again(
         rule: {key: {"k": line["k"]} for key, line in headline[table].items() if key.partition(" T=")[0] in models and "k" in line}
         for rule, table in (("token-wise", "best"), ("block", "as_block"))
     }
+    data = tokens_for(profile)
+    target, drafters, _ = bench.equip(models, profile.bench, data)
     params = asdict(profile.bench) | {
+        "decoded_in": str(target.dtype).removeprefix("torch."),
         "picked": picked, "fingerprints": {name: fingerprint(model) for name, model in models.items()},
         "sources": source_key("sampling", "model", "passes", "native", "compiled", "inference", "drafting", "engine"),
         "native": native.library_path().stem,
     }  # fmt: skip
     rows = report.load_rows(profile.name, "runs") if is_done(profile, "runs", params) else []
-    data = tokens_for(profile)
-    target, drafters, _ = bench.equip(models, profile.bench, data)
     number = 1 + max((int(row["run"]) for row in rows), default=0)
     new = [{"run": number} | line for line in bench.once_more(target, drafters, data, profile.bench, picked)]
     for line in new:

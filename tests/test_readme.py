@@ -28,7 +28,10 @@ def test_the_headline_has_every_profile_and_what_to_know_of_it():
     assert "alone 9,000, both together 15." in text and "is 1.010 [1.900, 2.100] at T = 0" in text
     assert "loses in 1 of 2 cells" in text and "other processes" not in text
     rows = [{"draft": "small distilled", "rule": "block", "speedup": s} for s in (1.7, 1.9, 1.8)] + [{"draft": "small", "rule": "block", "speedup": 1.0}]
-    report.record("seed", "runs", params={}, values={}, rows=rows)
+    report.record("seed", "runs", params={"decoded_in": "float32"}, values={}, rows=rows)
+    where = f"on {report.machine().split(', ')[-1]} with models trained there, in float32"
+    assert f"by 3 other processes {where}: 1.70× to 1.90×" in readme.headline()
+    report.update_headline("seed", origin | {"machine": report.machine()})
     assert "by 3 other processes: 1.70× to 1.90×" in readme.headline()
 
 
@@ -132,7 +135,7 @@ def test_runs_are_shown_by_their_spread():
         for run, speedups in enumerate(((1.01, 2.5), (0.99, 2.0), (1.0, 3.0)), 1)
         for arm, draft, rule, speedup in (("A again", None, None, speedups[0]), ("C small block k=5", "small", "block", speedups[1]))
     ]  # fmt: skip
-    report.record("cpu", "runs", params={}, values={}, rows=rows)
+    report.record("cpu", "runs", params={"decoded_in": "bfloat16"}, values={}, rows=rows)
     block = readme.numbers()
-    assert "in 3 further processes" in block and "| target alone, T = 1, tokens/s | 501 | 502 | 503 |" in block
+    assert "in 3 further processes on" in block and "| target alone, T = 1, tokens/s | 501 | 502 | 503 |" in block
     assert "| A ÷ A | 0.990 | 1.000 | 1.010 |" in block and "| small, judged as a block, T = 1, k = 5 | 2.00× | 2.50× | 3.00× |" in block
