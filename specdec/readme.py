@@ -178,7 +178,10 @@ def _again(profile: str) -> str:
     found = [row["speedup"] for row in load_rows(profile, "runs") if (row["draft"], row["rule"]) == ("small distilled", "block")]
     if not found:
         return ""
-    return f" The last column's distilled draft by {len(found)} other processes{_where(profile)}: {min(found):.2f}× to {max(found):.2f}×."
+    return (
+        f" Measured again by {len(found)} other processes{_where(profile)}, the distilled draft judged as a block was {min(found):.2f} "
+        f"to {max(found):.2f} times as fast as the target alone."
+    )
 
 
 def _where(profile: str) -> str:
@@ -200,7 +203,7 @@ def _runs_table(profile: str) -> str:
     def spread(name, values, show):
         return f"| {name} | {' | '.join(show(v) for v in (min(values), statistics.median(values), max(values)))} |"
 
-    lines = [f"The same arms and texts in {runs} further processes{_where(profile)} (`make runs`):", "",
+    lines = [f"The same arms and prompts in {runs} further processes{_where(profile)} (`make runs`):", "",
              "| | lowest | median | highest |", "|---" * 4 + "|"]  # fmt: skip
     for t in sorted({row["temperature"] for row in rows}):
         mine = [row for row in rows if row["temperature"] == t]
@@ -208,7 +211,7 @@ def _runs_table(profile: str) -> str:
         for arm in dict.fromkeys(row["arm"] for row in mine):
             cells = [row for row in mine if row["arm"] == arm]
             draft, rule, k = (cells[0][key] for key in ("draft", "rule", "k"))
-            name = "A ÷ A" if not draft else f"{draft}{', judged as a block' if rule == 'block' else ''}, T = {t:g}, k = {k:g}"
+            name = f"A ÷ A, T = {t:g}" if not draft else f"{draft}{', judged as a block' if rule == 'block' else ''}, T = {t:g}, k = {k:g}"
             lines.append(spread(name, [row["speedup"] for row in cells], (lambda v: f"{v:.2f}×") if draft else (lambda v: f"{v:.3f}")))
     return "\n".join([*lines, ""])
 
@@ -293,7 +296,8 @@ def _drafts_table(profile: str) -> str:
 def _elsewhere_table(profile: str) -> str:
     """The same models, measured in other ways or on another machine than the headline's."""
     lines = []
-    for name, how in (("benchmark_eager", "eager"), ("benchmark_graphs", "CUDA graphs"), ("benchmark_two_cores", "two CPU cores")):
+    ways = {"eager": "eager", "graphs": "CUDA graphs", "two_cores": "two CPU cores", "second_machine": "compiled"}
+    for name, how in ((f"benchmark_{name}", how) for name, how in ways.items()):
         result = _finished(profile, name)
         if result is None or name == _experiment(profile):
             continue
@@ -309,7 +313,7 @@ def _elsewhere_table(profile: str) -> str:
                      f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(map(_speed, cells))} |")  # fmt: skip
     if not lines:
         return ""
-    head = ["The same target otherwise, C ÷ A of the small draft at temperatures 0 and 1:", "",
+    head = ["In other ways or on other machines, C ÷ A of the small draft at temperatures 0 and 1:", "",
             "| passes | machine, commit | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | 1, as a block | distilled, 0 | 1 "
             "| 1, as a block |", "|---" * 10 + "|"]  # fmt: skip
     return "\n".join([*head, *lines, ""])
