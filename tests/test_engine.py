@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -89,14 +91,21 @@ def test_a_stop_token_inside_a_block_ends_the_text_there():
         assert trace.finish == "stop"
 
 
-def test_streams_and_times_are_traced(pair):
-    import itertools
-
-    ticks = itertools.count()
-    trace = Trace(clock=lambda: float(next(ticks)))
-    texts(*pair, [1, 2], 3, max_new_tokens=10, trace=trace)
-    assert set(trace.seconds) == {"prefill", "draft", "verify", "decide", "roll back"}
-    assert trace.seconds["draft"] == len(trace.rounds)
+def test_a_trace_counts_and_adds_up(pair):
+    """With a clock that says 1, 2, 3, …, every mark charges one."""
+    target, draft = pair
+    alone, both = (Trace(clock=itertools.count().__next__) for _ in range(2))
+    stream = generate(target, [1, 2, 3], max_new_tokens=9, trace=alone)
+    text = []
+    for token in stream:
+        text.append(token)
+        assert alone.tokens == text and alone.target_passes == len(text) and alone.finish is None
+    assert (alone.prompt, alone.rounds, alone.finish) == ([1, 2, 3], [], "length")
+    assert alone.seconds == {"prefill": 1, "decode": 9}
+    text = texts(target, draft, [1, 2, 3], 2, max_new_tokens=9, trace=both)
+    assert both.tokens == text == [token for r in both.rounds for token in r.emitted] and both.target_passes == len(both.rounds)
+    assert both.seconds.pop("prefill") == 1 and set(both.seconds.values()) == {len(both.rounds)}
+    assert [r.start for r in both.rounds] == [3 + sum(len(r.emitted) for r in both.rounds[:i]) for i in range(len(both.rounds))]
 
 
 def test_prompt_lookup_copies_what_followed():

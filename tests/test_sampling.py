@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import total_variation, walk
 
-from specdec.sampling import RULES, Randomness, Sampling, expected_accepted, residual
+from specdec.sampling import RULES, Numbers, Randomness, Sampling, expected_accepted, residual
 
 KIND = {"token-wise": "first", "block": "last"}
 
@@ -218,3 +218,17 @@ def test_numbers_that_are_drawn_ahead_are_each_given_once():
     everything = torch.cat(given)
     assert len(everything.unique()) == len(everything) and ((0 <= everything) & (everything < 1)).all()
     assert torch.equal(torch.cat(given[:3]), Randomness(3).uniforms(8))
+
+
+def test_a_coin_of_probability_zero_never_falls_well():
+    """Not even for the uniform number 0, which comes once in 2⁵³ times."""
+    coins = Numbers(torch.tensor([0.0, 0.5, 0.5, 1 - 2**-53], dtype=torch.float64))
+    assert coins.flips(torch.tensor([0.0, 0.5, 0.75, 1.0], dtype=torch.float64)).tolist() == [False, False, True, True]
+
+
+def test_one_row_that_is_not_finite_leaves_the_others_alone():
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    wanted = Sampling(0.7).probs(logits)
+    logits[1, 4] = float("inf")
+    probs = Sampling(0.7).probs_or_nan(logits)
+    assert probs[1].isnan().all() and torch.equal(probs[[0, 2]], wanted[[0, 2]])
