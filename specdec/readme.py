@@ -68,7 +68,7 @@ def numbers() -> str:
         picture = _picture(profile, "speedup_by_k") or _picture(profile, _experiment(profile))
         parts.append(f"{picture}\n\nPoints: the sweep over k, with its intervals; pale and dashed: predicted.\n" if picture else "")
         parts += [table(profile) for table in (_other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table)]
-        parts.append(_losing_cells(profile))
+        parts += [_losing_cells(profile), _losing_cells(profile, "benchmark_second_machine", " on the second machine")]
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
 
@@ -440,10 +440,11 @@ def _recipes_table(profile: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _cells(profile: str) -> list[dict]:
-    """Every drafter, temperature and k that was measured: in the sweeps, once more at the k picked, and judged as a block."""
-    name = _experiment(profile)
-    cells = [c for c in load_rows(profile, f"{name}_cells") + load_rows(profile, "benchmark_distilled_cells") if isinstance(c.get("k"), float)]
+def _cells(profile: str, name: str | None = None) -> list[dict]:
+    """Every drafter, temperature and k that was measured: in the sweep of that experiment, or in those of the headline; once
+    more at the k picked; and judged as a block."""
+    sweeps = [name] if name else [name := _experiment(profile), "benchmark_distilled"]
+    cells = [c for sweep in sweeps for c in load_rows(profile, f"{sweep}_cells") if isinstance(c.get("k"), float)]
     values = load(profile, name)["values"] if cells else {}
     for part, remark in (("best", "once more on fresh prompts"), ("as_block", "judged as a block")):
         for key, line in values.get(part, {}).items():
@@ -453,12 +454,12 @@ def _cells(profile: str) -> list[dict]:
     return cells
 
 
-def _losing_cells(profile: str) -> str:
-    measured = _cells(profile)
+def _losing_cells(profile: str, name: str | None = None, where: str = "") -> str:
+    measured = _cells(profile, name)
     losing = [c for c in measured if c["speedup"] < 1]
     if not measured:
         return ""
-    title = f"Cells in which speculation loses: {len(losing)} of {len(measured)}"
+    title = f"Cells in which speculation loses{where}: {len(losing)} of {len(measured)}"
     table = ["| draft | temperature | k | speed-up |", "|---" * 4 + "|"]
     table += [f"| {c['draft']} | {c['temperature']:g} | {c['k']:g} | {c['speedup']:.2f}× |" for c in losing]
     return "\n".join(_folded(title, table) if losing else [f"{title}.", ""])
