@@ -23,7 +23,9 @@ def tokens_per_round(alpha: float | Sequence[float], k: int | None = None) -> fl
     ``alpha`` is one number, the i.i.d. model (1 − α^(k+1)) / (1 − α) of Leviathan et al., equation 1; or a sequence,
     the acceptance at each position given that all earlier ones were accepted, which gives 1 + Σᵢ Πⱼ≤ᵢ αⱼ.
     """
-    alphas = [alpha] * (k or 0) if isinstance(alpha, (int, float)) else list(alpha)[: k if k is not None else None]
+    if k is None and isinstance(alpha, (int, float)):
+        raise ValueError("one acceptance rate says nothing of a round whose length is not known; give k.")
+    alphas = [alpha] * k if isinstance(alpha, (int, float)) else list(alpha)[:k]
     if k is not None and len(alphas) < k:
         raise ValueError(f"{len(alphas)} acceptance rates cannot describe k = {k} positions; give one for each.")
     expected, reached = 1.0, 1.0

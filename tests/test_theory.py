@@ -8,6 +8,7 @@ def test_overlap_is_one_minus_total_variation():
     p, q = torch.rand(7, 50, generator=torch.Generator().manual_seed(0)).double().chunk(2, -1)
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     assert torch.allclose(theory.overlap(p, q), 1 - 0.5 * (p - q).abs().sum(-1))
+    assert theory.overlap(p[0], q[0]).shape == () and theory.overlap(p.expand(2, *p.shape), q).shape == (2, 7)
 
 
 def test_tokens_per_round_is_the_geometric_sum():
@@ -21,6 +22,13 @@ def test_tokens_per_round_is_the_geometric_sum():
 def test_a_missing_position_is_refused():
     with pytest.raises(ValueError, match="cannot describe k = 3"):
         theory.tokens_per_round([0.5, 0.5], 3)
+    with pytest.raises(ValueError, match="give k"):
+        theory.tokens_per_round(0.5)
+
+
+def test_a_round_costs_its_drafts_one_step_and_nothing_else_unless_it_is_said():
+    assert theory.round_cost(4, 0.1) == pytest.approx(1.4)
+    assert theory.round_cost(4, lambda k: 0.3 * k, lambda m: m, 0.5) == pytest.approx(1.2 + 5 + 0.5)
 
 
 def test_published_upper_bounds():
