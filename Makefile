@@ -3,7 +3,7 @@ PROFILE ?= cpu
 PARAMS ?=
 PYTHON ?= python3
 SOAK_MINUTES ?= 10
-RUNS ?= 5
+PROCESSES ?= 5
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -103,8 +103,8 @@ peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, in
 	$(BIN)/python -m specdec bench --profile $(PROFILE) --peers --draft distilled --prompts 8
 
 .PHONY: runs
-runs: $(VENV)/.done ## the headline's speed-ups once more, by RUNS=5 processes one after another, into results/ (10 min)
-	for run in $$(seq $(RUNS)); do $(BIN)/python -m specdec bench --profile $(PROFILE) --again; done
+runs: $(VENV)/.done ## the headline's speed-ups once more, by PROCESSES=5 one after another, into results/ (10 min)
+	for run in $$(seq $(PROCESSES)); do $(BIN)/python -m specdec bench --profile $(PROFILE) --again; done
 ifeq ($(PROFILE),cpu)
 	@$(BIN)/python -m specdec.readme
 endif
