@@ -92,7 +92,7 @@ def test_a_stop_token_inside_a_block_ends_the_text_there():
 
 
 def test_a_trace_counts_and_adds_up(pair):
-    """With a clock that says 1, 2, 3, …, every mark charges one."""
+    """With a clock that says 0, 1, 2, …, every mark charges one."""
     target, draft = pair
     alone, both = (Trace(clock=itertools.count().__next__) for _ in range(2))
     stream = generate(target, [1, 2, 3], max_new_tokens=9, trace=alone)
