@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -390,11 +391,23 @@ def equip(
     return target, {name: drafter(model) for name, model in fast.items()}, alone
 
 
-def split_prompts(data: TokenData, config: BenchConfig) -> tuple[list[list[int]], list[list[int]]]:
-    """Held-out prompts for the sweep over k and others for the final figures, both from all of the held-out text."""
-    prompts = held_out_prompts(data, config.n_sweep_prompts + config.n_prompts, config.prompt_tokens)
-    sweep = prompts[:: len(prompts) // config.n_sweep_prompts][: config.n_sweep_prompts]
-    return sweep, [p for p in prompts if p not in sweep][: config.n_prompts]
+class Prompts(NamedTuple):
+    """Held-out prompts, each list from all of the held-out text, and none in two of them."""
+
+    sweep: list[list[int]]  # for every k
+    untimed: list[list[int]]  # more texts to predict from
+    fresh: list[list[int]]  # for the final figures
+
+
+def split_prompts(data: TokenData, config: BenchConfig) -> Prompts:
+    """As many prompts of each kind as ``config`` says."""
+    sizes = config.n_sweep_prompts, config.n_untimed_prompts, config.n_prompts
+    left, chosen = held_out_prompts(data, sum(sizes), config.prompt_tokens), []
+    for size in sizes:
+        taken = left[:: len(left) // size][:size] if size else []
+        left = [prompt for prompt in left if prompt not in taken]
+        chosen.append(taken)
+    return Prompts(*chosen)
 
 
 def run(
@@ -404,13 +417,14 @@ def run(
     """A, B and C with every drafter, temperature and k on held-out prompts; then each on fresh ones, at the k that
     theory picks.
 
-    The arguments are what `equip` returns, and whatever drafters one wants to add. Predictions come from the acceptance by
-    position of each text of the sweep and from costs measured in turns with its prompts, or for the fresh prompts in turns with
-    those. ``after`` each temperature is told what there is so far.
+    The arguments are what `equip` returns, and whatever drafters one wants to add. What is predicted in the sweep comes from
+    the acceptance by position of each of its texts and from costs measured in turns with them; k is picked by the same costs and
+    these texts and those not timed, from which, with costs measured in turns with the fresh prompts, the speed on these is
+    predicted too. ``after`` each temperature is told what there is so far.
     """
-    sweep, final = split_prompts(data, config)
+    prompts = split_prompts(data, config)
     length = config.prompt_tokens + config.new_tokens // 2
-    typical = (sweep[0] * (length // config.prompt_tokens + 1))[:length]  # as long as a text is in the middle
+    typical = (prompts.sweep[0] * (length // config.prompt_tokens + 1))[:length]  # as long as a text is in the middle
     out, k_max, device = Benchmark(), max(config.ks), target.device
     rule = ready_rule(token_wise, config.passes, device)
     for temperature in config.temperatures:
@@ -427,7 +441,7 @@ def run(
                 time_parts(target, drafter, typical, sampling, ks(name), repeats=repeats, rule=rule, timings=timings[name])
 
         beside = partial(time_costs, timings, lambda name: config.ks, 2)
-        rows = together(measure(arms, sweep, seed=config.seed, device=device, traces=traces, between=beside), "A")
+        rows = together(measure(arms, prompts.sweep, seed=config.seed, device=device, traces=traces, between=beside), "A")
         finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
         predicted = {}
         for name, drafter in drafters.items():
@@ -436,17 +450,21 @@ def run(
             by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
             rounds = [trace for k in config.ks for trace in by_k[k]]
             out.by_position[key] = acceptance_by_position(rounds, k_max)
-            kept = kept_probs(target, drafter, sweep, k_max, config, sampling)
+            kept = untimed(target, drafter, prompts.sweep, k_max, config, sampling, keep_probs=True)
             out.alpha[key] = alpha(kept)
-            wanted = (acceptance_of_wanted({k: [by_k[k][i]] for k in config.ks}) for i in range(len(sweep)))
-            texts = [(alphas, lengths or [k_max]) for alphas, lengths in wanted]
+            by_text = [{k: [by_k[k][i]] for k in config.ks} for i in range(len(prompts.sweep))]
+            by_text += [{k_max: [trace]} for trace in untimed(target, drafter, prompts.untimed, k_max, config, sampling)]
+            texts = [(alphas, lengths or [k_max]) for alphas, lengths in map(acceptance_of_wanted, by_text)]
             prefill = float(np.mean([t.seconds["prefill"] for t in rounds]))
-            predicted[name] = partial(predict, texts=texts, n=config.new_tokens, prefill_seconds=prefill)
+            of_sweep, predicted[name] = (
+                partial(predict, texts=these, n=config.new_tokens, prefill_seconds=prefill)
+                for these in (texts[: len(prompts.sweep)], texts)
+            )
             table = {k: cell(rows, f"C {name} k={k}", "A") for k in config.ks}
             for k, line in table.items():
-                line |= {"draft": name, "temperature": temperature, "k": k, "predicted": predicted[name](costs, k=k)}
+                line |= {"draft": name, "temperature": temperature, "k": k, "predicted": of_sweep(costs, k=k)}
             best = max(table, key=lambda k: table[k]["speedup"])
-            picked = max(table, key=lambda k: table[k]["predicted"])
+            picked = max(table, key=lambda k: predicted[name](costs, k=k))
             out.best_k[key] = {"picked": picked, "best": best, "of_best": table[picked]["speedup"] / table[best]["speedup"]}
             # what the parts say, and not the best of several measurements, which is also the luckiest: that is run beside it
             out.best[key] = {"k": picked}
@@ -462,7 +480,7 @@ def run(
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
         out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
         beside = partial(time_costs, timings_again, lambda name: [out.best[f"{name} {tag}"]["k"]], 1)
-        again = measure(finals, final, seed=config.seed + 1000, repeats=config.repeats, device=device, between=beside)
+        again = measure(finals, prompts.fresh, seed=config.seed + 1000, repeats=config.repeats, device=device, between=beside)
         for name in drafters:
             line = out.best[f"{name} {tag}"]
             line |= cell(again, f"C {name} k={line['k']}", "A")
@@ -490,8 +508,7 @@ def once_more(
 ) -> list[dict]:  # fmt: skip
     """A line for every arm that `run` had on fresh prompts with one of ``drafters``, measured anew on the same texts: whatever
     differs is the machine's. ``picked`` has the k of "token-wise" and "block" by keys like "small T=0"."""
-    _, final = split_prompts(data, config)
-    lines = []
+    prompts, lines = split_prompts(data, config).fresh, []
     for temperature in config.temperatures:
         sampling = Sampling(temperature)
         baseline = target_alone(target, config, sampling)
@@ -502,17 +519,18 @@ def once_more(
                 if (line := picked[of_rule].get(f"{name} T={temperature:g}")) is not None:
                     arms[arm := f"C {name} {of_rule} k={line['k']}"] = both(target, drafter, line["k"], config, sampling, rule)
                     names[arm] = {"draft": name, "rule": of_rule, "k": line["k"]}
-        rows = measure(arms, final, seed=config.seed + 1000, repeats=config.repeats, device=target.device)
+        rows = measure(arms, prompts, seed=config.seed + 1000, repeats=config.repeats, device=target.device)
         alone = cell(rows, "A", "A")["tokens_per_second"]
         lines += [{"temperature": temperature} | names[arm] | cell(rows, arm, "A") | {"target_alone": alone} for arm in names]
     return lines
 
 
-def kept_probs(
-    target: Transformer, drafter: Drafter, prompts: list[list[int]], k: int, config: BenchConfig, sampling: Sampling
-) -> list[Trace]:
-    """One trace per prompt with every row of p and q in it."""
-    traces = [Trace(keep_probs=True) for _ in prompts]
+def untimed(
+    target: Transformer, drafter: Drafter, prompts: list[list[int]], k: int, config: BenchConfig, sampling: Sampling,
+    keep_probs: bool = False,
+) -> list[Trace]:  # fmt: skip
+    """What happened in a text after each of ``prompts``, untimed; with every row of p and q if they are to be kept."""
+    traces = [Trace(keep_probs=keep_probs) for _ in prompts]
     for i, (prompt, trace) in enumerate(zip(prompts, traces)):
         both(target, drafter, k, config, sampling)(prompt, Randomness(config.seed + i, target.device), trace)
     return traces

@@ -100,18 +100,19 @@ def compare(target: Transformer, draft: Transformer, data: TokenData, config: Be
     fast, drafters, _ = equip({"target": target, "draft": draft}, config, data)
     theirs, their_draft = (peer(model, fast.dtype) for model in (target, draft))
     lookup = PromptLookup(target.config.n_ids, device=fast.device)
-    sweep, final = split_prompts(data, config)
+    prompts = split_prompts(data, config)
     out = Comparison(ratios={kind: {} for kind in KINDS})
     for temperature in config.temperatures:
         families = contestants(fast, theirs, drafters["draft"], their_draft, lookup, config, Sampling(temperature))
         arms = {f"{family} {name}".strip(): arm for family, members in families.items() for name, arm in members.items()}
-        rows = measure(arms, sweep, seed=config.seed, device=fast.device)
+        rows = measure(arms, prompts.sweep, seed=config.seed, device=fast.device)
         table = {arm: cell(rows, arm, "ours alone") for arm in arms}
         best = {
             family: max((f"{family} {name}".strip() for name in members), key=lambda a: table[a]["tokens_per_second"])
             for family, members in families.items()
         }
-        again = measure({arm: arms[arm] for arm in best.values()}, final, seed=config.seed + 1000, device=fast.device)
+        finalists = {arm: arms[arm] for arm in best.values()}
+        again = measure(finalists, prompts.fresh, seed=config.seed + 1000, device=fast.device)
         for kind in KINDS:
             ratio = speed_ratio(again, best[f"ours {kind}"], best[f"transformers {kind}"])
             out.ratios[kind][f"T{temperature:g}"] = ratio

@@ -59,8 +59,9 @@ class BenchConfig:
     prompt_tokens: int
     new_tokens: int  # per prompt and arm, stop tokens off
     ks: tuple[int, ...]  # drafted tokens per round, swept
-    n_sweep_prompts: int  # prompts of the sweep over k; the k picked is then measured on all the others
-    repeats: int = 1  # times that each of those is run, in rounds over all of them
+    n_sweep_prompts: int  # prompts of the sweep over k, others than those that the k picked is then measured on
+    n_untimed_prompts: int = 0  # still others, run once with the longest k: how many drafts are kept depends much on the text
+    repeats: int = 1  # times that each of the ``n_prompts`` is run, in rounds over all of them
     temperatures: tuple[float, ...] = (0.0, 1.0)
     dtype: str = "auto"  # bfloat16 where the machine multiplies it natively, else float32
     passes: str = "eager"  # or "compiled", "graphs": see inference.ready
@@ -98,7 +99,7 @@ _CI = Profile(
     distillation=Schedule(
         (Phase(20, 5, 2e-3, 0.1, 1, 8, 10), Phase(20, 2, 1e-3, 0.1, 1, 8, 10)), block_size=64, evaluation_batches=2
     ),
-    bench=BenchConfig(n_prompts=4, prompt_tokens=16, new_tokens=24, ks=(1, 2, 4), n_sweep_prompts=2),
+    bench=BenchConfig(n_prompts=4, prompt_tokens=16, new_tokens=24, ks=(1, 2, 4), n_sweep_prompts=2, n_untimed_prompts=1),
 )
 
 # Smaller than the seed, with few large heads, which two cores train faster than many small ones, and a vocabulary that they
@@ -128,7 +129,7 @@ _CPU = Profile(
     texts="data+target",
     own_text=102_400,  # half of what the last phase reads
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=32, new_tokens=128, ks=(1, 2, 3, 4, 5, 8, 11), n_sweep_prompts=12, repeats=2,
+        n_prompts=64, prompt_tokens=32, new_tokens=128, ks=(1, 2, 3, 4, 5, 8, 11), n_sweep_prompts=12, n_untimed_prompts=24,
         passes="compiled",
     ),
 )
@@ -167,7 +168,7 @@ _SEED = Profile(
     ),
     divergence="neg-log-alpha", texts="data+target",
     bench=BenchConfig(
-        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8, 12), n_sweep_prompts=4,
+        n_prompts=32, prompt_tokens=64, new_tokens=256, ks=(1, 2, 3, 4, 6, 8, 12), n_sweep_prompts=4, n_untimed_prompts=12,
         passes="compiled", draft_ids=32768,
     ),
 )  # fmt: skip

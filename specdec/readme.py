@@ -307,9 +307,10 @@ def _elsewhere_table(profile: str) -> str:
         ]
         n_sweep = len({row["prompt"] for row in load_rows(profile, name) if row.get("part") == "sweep"})
         params, origin = result["params"], result["provenance"]
+        n_chosen_on = n_sweep + params.get("n_untimed_prompts", 0)
         how += f", distilled as in `{params['drafts']}.json`" if "drafts" in params else ""
         how += f"; {params['remark']}" if "remark" in params else ""
-        lines.append(f"| {how} | {origin['machine']}, {_commit(origin)} | {params['n_prompts']} × {params['new_tokens']}, {n_sweep} "
+        lines.append(f"| {how} | {origin['machine']}, {_commit(origin)} | {params['n_prompts']} × {params['new_tokens']}, {n_chosen_on} "
                      f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(map(_speed, cells))} |")  # fmt: skip
     if not lines:
         return ""

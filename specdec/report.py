@@ -21,6 +21,7 @@ import torch
 
 from .bench import acceptance
 from .data import write_json
+from .train import has_bf16
 
 _PALETTE = sns.color_palette("colorblind")
 COLORS = {  # one meaning, one colour, everywhere
@@ -186,7 +187,7 @@ def provenance(profile: str, *, seed: int | None = None, seconds: float | None =
         "machine": machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bf16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "bf16": has_bf16(),
         "versions": versions,
         "seed": seed,
         "seconds": seconds,

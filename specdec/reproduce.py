@@ -259,13 +259,15 @@ def stages(config: BenchConfig, device: str | torch.device) -> dict[str, tuple[B
     passes, the others for comparison, and the same models on two cores, all of which are slower and so get fewer texts."""
     out = {"benchmark": (config, device, ())}
     if torch.device(device).type == "cuda":
-        pair, few = ("small", "small distilled"), {"n_sweep_prompts": 1, "n_prompts": 8}
+        pair, few = ("small", "small distilled"), {"n_sweep_prompts": 1, "n_untimed_prompts": 3, "n_prompts": 8}
         for passes in reversed(PASSES):  # the slowest last
             if passes != config.passes:
                 out[f"benchmark_{passes}"] = replace(config, passes=passes, new_tokens=64, **few), device, pair
         # there a draft costs what it reads, which is nearly all output layer
         fewer_ids = config.draft_ids and config.draft_ids // 4
-        two_cores = replace(config, passes="compiled", n_sweep_prompts=2, n_prompts=8, draft_ids=fewer_ids)
+        two_cores = replace(
+            config, passes="compiled", n_sweep_prompts=2, n_untimed_prompts=4, n_prompts=8, draft_ids=fewer_ids
+        )
         out["benchmark_two_cores"] = two_cores, "cpu", ("small", "small distilled", "small control")
     return out
 

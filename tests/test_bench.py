@@ -6,6 +6,7 @@ import torch
 from conftest import make_model
 
 from specdec import bench, theory
+from specdec.data import held_out_prompts
 from specdec.drafting import DraftModel, frequent_ids
 from specdec.engine import Round, Trace, speculate
 from specdec.profiles import BenchConfig
@@ -184,6 +185,35 @@ def test_stolen_time_is_read_where_it_is_counted(tmp_path):
     (tmp_path / "new").write_text("cpu  10 20 30 40 50 60 70 88 90 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n")
     (tmp_path / "old").write_text("cpu  10 20 30 40\n")  # as systems did that knew of no other machine
     assert [bench.stolen(tmp_path / name) for name in ("new", "old", "none")] == [88, 0, 0]
+
+
+def test_no_prompt_is_in_two_lists(toy_data):
+    config = replace(CONFIG, n_prompts=5, n_sweep_prompts=2, n_untimed_prompts=3)
+    prompts = bench.split_prompts(toy_data, config)
+    assert [len(these) for these in prompts] == [2, 3, 5] and len({tuple(p) for these in prompts for p in these}) == 10
+    every = [tuple(p) for p in held_out_prompts(toy_data, 10, config.prompt_tokens)]
+    for these in prompts:  # none of them from one end of the text
+        places = [every.index(tuple(p)) for p in these]
+        assert min(places) < 4 and max(places) >= 5
+    assert bench.split_prompts(toy_data, CONFIG).untimed == []
+
+
+def test_texts_that_are_not_timed_count_in_the_choice_of_k(toy_data, monkeypatch):
+    """One of the sweep, in which all drafts are refused, and three others, in which all are kept."""
+    kept = Trace(prompt=[7], tokens=[1] * 12, rounds=[Round(1, [1] * 5, 5, [1] * 6), Round(7, [1] * 5, 5, [1] * 6)])
+    probs = torch.ones(6, 1)
+    refused = Trace(prompt=[7], tokens=[1], rounds=[Round(1, [0] * 5, 0, [0], probs, probs[:5])])
+    monkeypatch.setattr(bench, "acceptance_of_wanted", lambda by_k: ([float(by_k.get(5, [None])[0] is kept)] * 5, [5]))
+    monkeypatch.setattr(theory, "text_cost", lambda n, alphas, k, draft, verdict: n / k if alphas[0] else n * k / 9)
+    shape = dict(vocab_size=257, n_ids=257, context=64)
+    models = {"target": make_model(2, 16, 1, **shape), "small": make_model(1, 8, 2, **shape)}
+    for n_untimed, picked in ((0, 1), (3, 5)):
+        config = replace(CONFIG, ks=(1, 2, 5), temperatures=(0.0,), dtype="float64", n_untimed_prompts=n_untimed)
+        monkeypatch.setattr(bench, "untimed", lambda *args, keep_probs=False, n=n_untimed: [refused] if keep_probs else [kept] * n)
+        result = bench.run(*bench.equip(models, config, toy_data), toy_data, config)
+        assert result.best_k["small T=0"]["picked"] == picked and result.best["small T=0"]["arm"] == f"C small k={picked}"
+        of_sweep = [line["predicted"] for line in result.cells if "predicted" in line]
+        assert of_sweep == sorted(of_sweep, reverse=True)  # there only its own texts count
 
 
 def test_the_k_of_the_final_figures_is_the_one_that_theory_picks(toy_data, monkeypatch):
