@@ -175,12 +175,13 @@ def _other_run(profile: str) -> str:
 
 def _again(profile: str) -> str:
     """The headline's last cell by other processes."""
-    found = [row["speedup"] for row in load_rows(profile, "runs") if (row["draft"], row["rule"]) == ("small distilled", "block")]
+    found = [row for row in load_rows(profile, "runs") if (row["draft"], row["rule"]) == ("small distilled", "block")]
     if not found:
         return ""
+    alone, speedups = ([row[key] for row in found] for key in ("target_alone", "speedup"))
     return (
-        f" Measured again by {len(found)} other processes{_where(profile)}, the distilled draft judged as a block was {min(found):.2f} "
-        f"to {max(found):.2f} times as fast as the target alone."
+        f" Measured again by {len(found)} other processes{_where(profile)}, the distilled draft judged as a block was "
+        f"{min(speedups):.2f} to {max(speedups):.2f} times as fast as the target alone, which wrote {min(alone):.0f} to {max(alone):.0f} tokens a second."
     )
 
 
@@ -375,7 +376,7 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         f"decision o = {number(h['o'], 3)}. (c is less than A ÷ B, since B draws one token a call, and C all drafts of a round.)",
         "",
         f"Speed-up predicted from costs and acceptance against measured: in the sweep, which both come from, "
-        f"{errors(h['prediction']['sweep'])}; on the fresh prompts {errors(h['prediction']['fresh'])}.",
+        f"{errors(h['prediction']['sweep'])}; on the fresh prompts, from the acceptance in other texts, {errors(h['prediction']['fresh'])}.",
         "",
     ]
     if proof["checks"] is not None:
