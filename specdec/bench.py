@@ -157,6 +157,17 @@ def acceptance_of_wanted(traces: dict[int, list[Trace]]) -> tuple[list[float], l
     return [p / max(1, n) for p, n in zip(passed, reached)], lengths
 
 
+Text = tuple[list[float], list[int]]  # what `predict` needs of one: its αᵢ and the lengths of proposals
+
+
+def acceptance_of_texts(by_k: dict[int, list[Trace]], others: list[Trace]) -> list[Text]:
+    """Of each text that was written with every k, and then of ``others``, which were written with the largest only."""
+    k_max = max(by_k)
+    texts = [{k: [traces[i]] for k, traces in by_k.items()} for i in range(len(by_k[k_max]))]
+    texts += [{k_max: [trace]} for trace in others]
+    return [(alphas, lengths or [k_max]) for alphas, lengths in map(acceptance_of_wanted, texts)]
+
+
 def alpha(traces: list[Trace]) -> float:
     """Mean overlap Σ min(p, q) over the examined positions of traces that kept their probabilities."""
     overlaps = []
@@ -274,14 +285,21 @@ def mean_verdict(costs: Costs, lengths: list[int], m: int) -> float:
     return float(np.mean([costs.verify(m) + costs.o * (m > 1) for m in rows]))
 
 
-def predict(
-    costs: Costs, texts: list[tuple[list[float], list[int]]], *, k: int, n: int, prefill_seconds: float
-) -> float:  # fmt: skip
-    """The speed-up that ``costs`` promise for texts of n tokens like these: of each its αᵢ and the lengths of proposals, as
-    `acceptance_of_wanted` gives them; they differ more from each other than their rounds do."""
+def predict(costs: Costs, texts: list[Text], *, k: int, n: int, prefill_seconds: float) -> float:
+    """The speed-up that ``costs`` promise for texts of n tokens like these, which differ more from each other than their rounds
+    do."""
     spent = [theory.text_cost(n, alphas, k, costs.draft, partial(mean_verdict, costs, lengths)) for alphas, lengths in texts]
     prefill = prefill_seconds / costs.step_seconds
     return (prefill + n) / (prefill + float(np.mean(spent)))
+
+
+def best_as_block(kept: list[Trace], costs: Costs, texts: list[Text], ks: Sequence[int]) -> tuple[int, float]:
+    """The k at which a round by the block rule writes the most tokens for what it costs, and how many: expected from ``kept``,
+    traces with their probabilities, by whatever rule."""
+    spent = {k: costs.draft(k) + np.mean([mean_verdict(costs, lengths, k + 1) for _, lengths in texts]) for k in ks}
+    expected = {k: tokens_as_block(kept, k) for k in ks}
+    k = max(ks, key=lambda k: expected[k] / spent[k])
+    return k, expected[k]
 
 
 Timings = dict[tuple[str, int], list[float]]  # seconds of ("target", 1), ("draft", k), ("verify", rows), ("decide", k)
@@ -452,9 +470,7 @@ def run(
             out.by_position[key] = acceptance_by_position(rounds, k_max)
             kept = untimed(target, drafter, prompts.sweep, k_max, config, sampling, keep_probs=True)
             out.alpha[key] = alpha(kept)
-            by_text = [{k: [by_k[k][i]] for k in config.ks} for i in range(len(prompts.sweep))]
-            by_text += [{k_max: [trace]} for trace in untimed(target, drafter, prompts.untimed, k_max, config, sampling)]
-            texts = [(alphas, lengths or [k_max]) for alphas, lengths in map(acceptance_of_wanted, by_text)]
+            texts = acceptance_of_texts(by_k, untimed(target, drafter, prompts.untimed, k_max, config, sampling))
             prefill = float(np.mean([t.seconds["prefill"] for t in rounds]))
             of_sweep, predicted[name] = (
                 partial(predict, texts=these, n=config.new_tokens, prefill_seconds=prefill)
@@ -470,10 +486,8 @@ def run(
             out.best[key] = {"k": picked}
             finals |= {arm: arms[arm] for arm in (f"C {name} k={picked}", f"C {name} k={best}")}
             if temperature > 0:  # else the two rules are the same
-                spent = {k: costs.draft(k) + np.mean([mean_verdict(costs, lengths, k + 1) for _, lengths in texts]) for k in config.ks}
-                expected = {k: tokens_as_block(kept, k) for k in config.ks}
-                k = max(config.ks, key=lambda k: expected[k] / spent[k])
-                out.as_block[key] = {"k": k, "tokens_per_round_expected": expected[k]}
+                k, expected = best_as_block(kept, costs, texts, config.ks)
+                out.as_block[key] = {"k": k, "tokens_per_round_expected": expected}
                 finals[f"C {name} block k={k}"] = both(target, drafter, k, config, sampling, block)
             out.cells += list(table.values())
         for name in alone:

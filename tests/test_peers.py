@@ -22,7 +22,7 @@ PROMPTS = [[3, 1, 4, 1, 0, 2], [2, 2, 4], [0]]
 def models():
     """A target and a draft in float32; id 5, 6 and 7 are padding, 4 is end-of-text."""
     shape = dict(vocab_size=8, n_ids=5, context=64)
-    return make_model(2, 16, 1, **shape).float(), make_model(1, 16, 2, **shape).float()
+    return make_model(2, 16, 14, **shape).float(), make_model(1, 16, 7, **shape).float()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,9 @@ def test_sampling_filters_reach_them(equipment):
 def test_k_is_what_it_says(equipment):
     """A draft that is the target itself is always right, so passes count k."""
     _, their = equipment
-    twin = peers.peer(models()[0], torch.float32)
+    sure = models()[0]
+    sure.head.weight.data *= 10  # of itself, that is: by default the library drafts on only while its draft is
+    twin = peers.peer(sure, torch.float32)
     constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
     for k in (1, 2, 3, 5):
         arm = peers.their_arm(their["target"], CONFIG, Sampling(0), draft=twin, drafting={"num_assistant_tokens": k} | constant)
@@ -87,7 +89,7 @@ def test_k_is_what_it_says(equipment):
         assert trace.target_passes == -(-CONFIG.new_tokens // (k + 1))
     trace = Trace()
     peers.their_arm(their["target"], CONFIG, Sampling(0), draft=twin)(PROMPTS[0], Randomness(0), trace)
-    assert twin.generation_config.num_assistant_tokens is None and 1 < trace.target_passes < 12  # the library's own again
+    assert twin.generation_config.num_assistant_tokens is None and trace.target_passes < 4  # the library's own again
 
 
 def test_peers_are_quiet(equipment, capsys):
