@@ -8,7 +8,7 @@ from conftest import make_model
 from specdec import bench, theory
 from specdec.data import held_out_prompts
 from specdec.drafting import DraftModel, frequent_ids
-from specdec.engine import Round, Trace, speculate
+from specdec.engine import Round, Trace, generate, speculate
 from specdec.profiles import BenchConfig
 from specdec.sampling import Randomness, Sampling, block, token_wise
 
@@ -23,6 +23,23 @@ def test_ratio_is_one_of_totals():
     table = rows(new=[(1.0, 8), (4.0, 8)], old=[(4.0, 8), (1.0, 8)])
     assert bench.speed_ratio(table, "new", "old")["value"] == pytest.approx(1.0)
     assert bench.speed_ratio(table, "old", "old")["ci95"] == [1.0, 1.0]
+
+
+def test_a_line_of_the_table_is_made_of_totals():
+    counts = {"target_passes": 4, "distinct_tokens": 5, "rounds": 4, "drafted": 16, "examined": 12, "accepted": 6}
+    seconds = {"C": (1.0, 3.0), "A": (6.0, 2.0)}
+    table = [{"arm": arm, "prompt": i, "seconds": seconds[arm][i], "tokens": 10} | counts for arm in seconds for i in (0, 1)]
+    line = bench.cell(table, "C", "A")
+    assert line["tokens_per_second"] == 20 / 4 and line["speedup"] == pytest.approx(2.0)
+    assert [line["ci95_low"], line["ci95_high"]] == bench.speed_ratio(table, "C", "A")["ci95"] == pytest.approx([2 / 3, 6.0])
+    assert line["tokens_per_target_pass"] == 20 / 8 and line["distinct_fraction"] == 10 / 20
+    assert (line["tokens_per_round"], line["accepted_per_examined"], line["accepted_per_drafted"]) == (20 / 8, 12 / 24, 12 / 32)
+    assert bench.acceptance(table, "C") == {"value": 0.5, "ci95": [0.5, 0.5]}
+    table[0] |= {"examined": 6}  # of the two prompts of C one keeps all, the other half
+    assert bench.acceptance(table, "C") == {"value": 12 / 18, "ci95": [0.5, 1.0]}
+    table[0] |= {"rounds": 0}
+    table[1] |= {"rounds": 0}
+    assert "tokens_per_round" not in bench.cell(table, "C", "A")  # as of a target alone
 
 
 def test_the_interval_holds_the_value_and_shrinks_with_prompts():
@@ -120,6 +137,38 @@ def test_costs_are_positive_and_caches_are_left_alone(pair):
     assert costs.verify(2) == pytest.approx(costs.v[2])
 
 
+def test_the_decision_is_timed_for_the_middle_k(pair):
+    timings = bench.time_parts(pair[0], DraftModel(pair[1]), [1, 2, 3], Sampling(), ks=(7, 1, 2, 3, 5), repeats=1)
+    assert [k for part, k in timings if part == "decide"] == [3]
+
+
+def test_a_prediction_is_of_the_whole_text():
+    """Two tokens, of which the draft of one is refused: a round, and a step without a draft. The prompt counts in both."""
+    costs = bench.Costs(2.0, {1: 0.25}, {1: 1.0, 2: 1.5}, 0.125)
+    found = bench.predict(costs, [([0.0], [1])], k=1, n=2, prefill_seconds=6.0)
+    assert found == pytest.approx((3 + 2) / (3 + 0.25 + 1.5 + 0.125 + 1.0))
+    both = bench.predict(costs, [([0.0], [1]), ([1.0], [1])], k=1, n=2, prefill_seconds=6.0)  # the mean is of times, not of speeds
+    assert both == pytest.approx((3 + 2) / (3 + (0.25 + 1.5 + 0.125 + 1.0 + 0.25 + 1.5 + 0.125) / 2))
+
+
+def test_the_block_rule_gets_the_k_that_pays(monkeypatch):
+    """Every draft is kept, and three rows cost what one does, but four fifty times that."""
+    monkeypatch.setattr(bench, "tokens_as_block", lambda kept, k: k + 1.0)
+    costs = bench.Costs(1.0, {1: 0.1, 3: 0.3}, {1: 1.0, 3: 1.0, 4: 50.0}, 0.0)
+    assert bench.best_as_block([], costs, [([], [3])], (1, 2, 3)) == (2, 3.0)
+    dear = bench.Costs(1.0, {1: 1.0, 3: 50.0}, {1: 1.0, 4: 1.0}, 0.0)
+    assert bench.best_as_block([], dear, [([], [3])], (1, 2, 3)) == (1, 2.0)
+
+
+def test_agreement_is_relative_and_counts_intervals():
+    lines = [{"predicted": p, "speedup": s, "ci95_low": s - 0.2, "ci95_high": s + 0.2} for p, s in ((2.2, 2.0), (4.0, 5.0), (1.1, 1.0))]
+    found = bench.agreement(lines)
+    assert found["mean_error"] == pytest.approx((0.1 - 0.2 + 0.1) / 3) and (found["within"], found["n"]) == (2, 3)
+    assert found["r2"] == bench.r_squared([2.0, 5.0, 1.0], [2.2, 4.0, 1.1])
+    for edge in ("ci95_low", "ci95_high"):
+        assert bench.agreement([lines[0] | {"predicted": lines[0][edge]}])["within"] == 1
+
+
 def test_r_squared_is_of_the_prediction_itself():
     assert bench.r_squared([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1
     assert bench.r_squared([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) < 0  # perfectly correlated, and wrong
@@ -144,6 +193,15 @@ class TestGreedyTies:
 
         ties = bench.greedy_ties(Noisy(), DraftModel(draft), [[1], [2]], k=3, new_tokens=12)
         assert ties.parted == 2 and ties.floor > 1 and 0 < ties.largest < ties.floor
+
+        prompt, options = [2, 3], {"max_new_tokens": 12, "sampling": Sampling(0)}  # the same by a single pass over the text
+        own = list(generate(target, prompt, **options))
+        other = list(speculate(Noisy(), prompt, drafter=DraftModel(draft), k=3, **options))
+        margins = target(torch.tensor([prompt + own[:-1]])).detach()[0, 1:, :5].topk(2).values.diff()[:, 0].neg()
+        parted = next(i for i, (a, b) in enumerate(zip(own, other)) if a != b)
+        ties = bench.greedy_ties(Noisy(), DraftModel(draft), [prompt], k=3, new_tokens=12)
+        assert ties.largest == pytest.approx(float(margins[parted])) and ties.floor == pytest.approx(4 * float(margins.max()))
+        assert ties.near == sum(m < ties.floor for m in margins.tolist()) == 12
 
 
 @pytest.mark.parametrize("passes", ["eager", "graphs"])
@@ -224,7 +282,14 @@ def test_the_k_of_the_final_figures_is_the_one_that_theory_picks(toy_data, monke
     monkeypatch.setattr(theory, "text_cost", lambda n, alphas, k, draft, verdict: n / k)
     result = bench.run(*bench.equip(models, config, toy_data), toy_data, config)
     assert result.best["small T=1"]["arm"] == "C small k=5" and result.best_k["small T=1"]["picked"] == 5
-    assert {r["arm"] for r in result.rows if r["part"] == "final"} >= {"A", "A again", "B small", "C small k=5"}
+    fresh = [r for r in result.rows if r["part"] == "final"]
+    assert {r["arm"] for r in fresh} >= {"A", "A again", "B small", "C small k=5"}
+    assert result.best["target T=1"]["arm"] == "A" and result.best["small T=1"]["draft_alone"] == bench.cell(
+        [{key: value for key, value in r.items() if key not in ("temperature", "part")} for r in fresh], "B small", "A"
+    )
+    speed = {line["k"]: line["speedup"] for line in result.cells if "predicted" in line}
+    assert result.best_k["small T=1"]["of_best"] == pytest.approx(speed[5] / max(speed.values()))
+    assert result.sweep_errors["n"] == 3 and result.fresh_errors["n"] == 1
 
 
 @pytest.mark.parametrize("power", [-9, 9])
