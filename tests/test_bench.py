@@ -137,6 +137,13 @@ def test_costs_are_positive_and_caches_are_left_alone(pair):
     assert costs.verify(2) == pytest.approx(costs.v[2])
 
 
+def test_passes_are_timed_over_the_rows_that_they_are_named_for(pair):
+    rows = []
+    pair[0].register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
+    bench.time_parts(pair[0], DraftModel(pair[1]), [1, 2, 3, 4, 1, 2], Sampling(), ks=(1, 3), repeats=1)
+    assert rows[0] == 6 and set(rows[1:]) == {1, 2, 4}  # the prompt, a step of the target alone, and k + 1
+
+
 def test_the_decision_is_timed_for_the_middle_k(pair):
     timings = bench.time_parts(pair[0], DraftModel(pair[1]), [1, 2, 3], Sampling(), ks=(7, 1, 2, 3, 5), repeats=1)
     assert [k for part, k in timings if part == "decide"] == [3]
