@@ -57,23 +57,22 @@ def both(
 
 
 def measure(
-    arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, repeats: int = 1, device="cpu",
+    arms: dict[str, Arm], prompts: list[list[int]], *, seed: int, warmup: int = 1, device="cpu",
     traces: dict[str, list[Trace]] | None = None, between: Callable[[], object] = lambda: None,
 ) -> list[dict]:  # fmt: skip
     """One row per arm and prompt: seconds of wall time (prefill included) and what the trace says.
 
     The arms take turns on each prompt, starting with another one each time; the first ``warmup`` prompts run once
-    more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. All prompts are gone
-    through ``repeats`` times, minutes apart, and a row adds up what one arm needed for one prompt. A text in which the
-    system says that it gave a processor to another machine is run again, twice at most, whatever arm it is; but after one
+    more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. A text in which
+    the system says that it gave a processor to another machine is run again, twice at most, whatever arm it is; but after one
     text in ten no more, for where processors are taken away all the time there is nothing better to wait for. ``traces``
-    receives what each arm did the first time, prompt by prompt; ``between`` is called after each prompt.
+    receives what each arm did, prompt by prompt; ``between`` is called after each prompt.
     """
-    names, runs = list(arms), {}
-    order = [(0, -1, p) for p in prompts[:warmup]] + [(r, i, p) for r in range(repeats) for i, p in enumerate(prompts)]
+    names, rows = list(arms), []
+    order = [(-1, p) for p in prompts[:warmup]] + list(enumerate(prompts))
     spare = max(2, len(order) * len(names) // 10)
-    for r, i, prompt in tqdm(order, desc="measure", disable=not sys.stderr.isatty(), leave=False):
-        first = (i + r) % len(names)
+    for i, prompt in tqdm(order, desc="measure", disable=not sys.stderr.isatty(), leave=False):
+        first = i % len(names)
         for name in names[first:] + names[:first]:
             for attempt in range(3):
                 trace, before = Trace(clock=time.perf_counter), stolen()
@@ -84,14 +83,11 @@ def measure(
                     break
                 spare -= 1
             if i >= 0:
-                runs.setdefault((name, i), []).append((seconds, trace))
-                if traces is not None and r == 0:
+                rows.append({"arm": name, "prompt": i, "seconds": seconds} | summary([trace]))
+                if traces is not None:
                     traces.setdefault(name, []).append(trace)
         between()
-    return [
-        {"arm": name, "prompt": i, "seconds": sum(s for s, _ in done)} | summary([trace for _, trace in done])
-        for (name, i), done in runs.items()
-    ]
+    return rows
 
 
 def clock() -> float:
@@ -494,7 +490,7 @@ def run(
             out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
         out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
         beside = partial(time_costs, timings_again, lambda name: [out.best[f"{name} {tag}"]["k"]], 1)
-        again = measure(finals, prompts.fresh, seed=config.seed + 1000, repeats=config.repeats, device=device, between=beside)
+        again = measure(finals, prompts.fresh, seed=config.seed + 1000, device=device, between=beside)
         for name in drafters:
             line = out.best[f"{name} {tag}"]
             line |= cell(again, f"C {name} k={line['k']}", "A")
@@ -533,7 +529,7 @@ def once_more(
                 if (line := picked[of_rule].get(f"{name} T={temperature:g}")) is not None:
                     arms[arm := f"C {name} {of_rule} k={line['k']}"] = both(target, drafter, line["k"], config, sampling, rule)
                     names[arm] = {"draft": name, "rule": of_rule, "k": line["k"]}
-        rows = measure(arms, prompts, seed=config.seed + 1000, repeats=config.repeats, device=target.device)
+        rows = measure(arms, prompts, seed=config.seed + 1000, device=target.device)
         alone = cell(rows, "A", "A")["tokens_per_second"]
         lines += [{"temperature": temperature} | names[arm] | cell(rows, arm, "A") | {"target_alone": alone} for arm in names]
     return lines

@@ -61,7 +61,6 @@ class BenchConfig:
     ks: tuple[int, ...]  # drafted tokens per round, swept
     n_sweep_prompts: int  # prompts of the sweep over k, others than those that the k picked is then measured on
     n_untimed_prompts: int = 0  # still others, run once with the longest k: how many drafts are kept depends much on the text
-    repeats: int = 1  # times that each of the ``n_prompts`` is run, in rounds over all of them
     temperatures: tuple[float, ...] = (0.0, 1.0)
     dtype: str = "auto"  # bfloat16 where the machine multiplies it natively, else float32
     passes: str = "eager"  # or "compiled", "graphs": see inference.ready

@@ -181,7 +181,8 @@ def _again(profile: str) -> str:
     alone, speedups = ([row[key] for row in found] for key in ("target_alone", "speedup"))
     return (
         f" Measured again by {len(found)} other processes{_where(profile)}, the distilled draft judged as a block was "
-        f"{min(speedups):.2f} to {max(speedups):.2f} times as fast as the target alone, which wrote {min(alone):.0f} to {max(alone):.0f} tokens a second."
+        f"{min(speedups):.2f} to {max(speedups):.2f} times as fast as the target alone, which wrote "
+        f"{min(alone):.0f} to {max(alone):.0f} tokens a second."
     )
 
 
