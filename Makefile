@@ -46,7 +46,7 @@ endif
 
 # What each notebook needs before it: the models of 02, and for 07 the benchmark of 06.
 GROUND := $(addprefix specdec/,__init__.py theory.py sampling.py data.py model.py checkpoint.py profiles.py train.py report.py)
-ENGINE := $(GROUND) $(addprefix specdec/,native.py native.cpp passes.py compiled.py cuda.py native.cu sampling.cu draft.cu inference.py drafting.py engine.py bench.py)
+ENGINE := $(GROUND) $(addprefix specdec/,native.py native.cpp passes.py compiled.py cuda.py native.cu sampling.cu draft.cu inference.py drafting.py engine.py prediction.py bench.py)
 $(call run,01_data): $(addprefix specdec/,data.py profiles.py report.py)
 $(call run,02_model_and_training): $(GROUND) $(call run,01_data)
 $(call run,03_speculative_decoding): $(ENGINE) $(call run,02_model_and_training)

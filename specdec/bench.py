@@ -1,8 +1,8 @@
 """Measurement of the three scenarios: A the target alone, B the draft alone, C both.
 
 All arms run in one process, prompt by prompt in rotated order, so that a slow minute hits each of them. Ratios are of
-totals, never means of ratios; intervals come from a paired bootstrap over prompts. Costs are measured in the units of
-`theory.py`, so that the prediction stands beside the measurement. Nothing here plots or prints.
+totals, never means of ratios; intervals come from a paired bootstrap over prompts. What `prediction.py` promises stands
+beside every measurement. Nothing here plots or prints.
 """
 
 import sys
@@ -19,11 +19,14 @@ from tqdm import tqdm
 from . import theory
 from .data import TokenData, held_out_prompts
 from .drafting import CapturedDraftModel, Drafter, drafter_of, frequent_ids
-from .engine import Trace, generate, on_host, prefill, speculate
-from .inference import draw_next, next_probs, ready, ready_rule, trimmed
+from .engine import Trace, generate, prefill, speculate
+from .inference import ready, ready_rule, trimmed
 from .model import Transformer
+from .prediction import (
+    Costs, Timings, acceptance_of_texts, agreement, best_as_block, clock, costs_of, predict, time_parts,
+)  # fmt: skip
 from .profiles import BenchConfig
-from .sampling import Randomness, Rule, Sampling, block, expected_accepted, token_wise
+from .sampling import Randomness, Rule, Sampling, block, token_wise
 
 Arm = Callable[[list[int], Randomness, Trace], object]  # runs one text to its end and fills the trace
 
@@ -90,13 +93,6 @@ def measure(
     return rows
 
 
-def clock() -> float:
-    """Seconds, after the accelerator has finished what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def stolen(counts: str = "/proc/stat") -> int:
     """Ticks for which this virtual machine wanted its processors and another one had them; 0 where nobody counts them."""
     try:
@@ -134,36 +130,6 @@ def acceptance_by_position(traces: list[Trace], k: int) -> list[float]:
     return [p / n if n else float("nan") for p, n in zip(passed, reached)]
 
 
-def acceptance_of_wanted(traces: dict[int, list[Trace]]) -> tuple[list[float], list[int]]:
-    """What a prediction needs, from traces of one text by k: αᵢ for i up to the largest k, and lengths of proposals.
-
-    A draft that was wanted but not proposed counts as refused: prompt lookup often finds fewer than k tokens, or none.
-    Not wanted is only what the end of the text leaves no room for. The lengths are of the proposals in rounds that had
-    room for the largest k.
-    """
-    k_max = max(traces)
-    reached, passed, lengths = [0] * k_max, [0] * k_max, []
-    for k, trace, r in ((k, t, r) for k, ts in traces.items() for t in ts for r in t.rounds):
-        wanted = min(k, len(trace.prompt) + len(trace.tokens) - r.start - 1)
-        for i in range(min(wanted, r.accepted + 1)):
-            reached[i] += 1
-            passed[i] += r.accepted > i
-        if wanted == k_max:
-            lengths.append(len(r.drafted))
-    return [p / max(1, n) for p, n in zip(passed, reached)], lengths
-
-
-Text = tuple[list[float], list[int]]  # what `predict` needs of one: its αᵢ and the lengths of proposals
-
-
-def acceptance_of_texts(by_k: dict[int, list[Trace]], others: list[Trace]) -> list[Text]:
-    """Of each text that was written with every k, and then of ``others``, which were written with the largest only."""
-    k_max = max(by_k)
-    texts = [{k: [traces[i]] for k, traces in by_k.items()} for i in range(len(by_k[k_max]))]
-    texts += [{k_max: [trace]} for trace in others]
-    return [(alphas, lengths or [k_max]) for alphas, lengths in map(acceptance_of_wanted, texts)]
-
-
 def alpha(traces: list[Trace]) -> float:
     """Mean overlap Σ min(p, q) over the examined positions of traces that kept their probabilities."""
     overlaps = []
@@ -171,16 +137,6 @@ def alpha(traces: list[Trace]) -> float:
         n = min(r.accepted + 1, len(r.drafted))
         overlaps += theory.overlap(r.target_probs[:n], r.draft_probs[:n]).tolist()
     return float(np.mean(overlaps))
-
-
-def tokens_as_block(traces: list[Trace], k: int) -> float:
-    """Tokens a round if the block rule judged the first k drafts of these rounds, of traces that kept their probabilities:
-    its expectation given the drafts. Whatever rule wrote the text, the drafts were drawn from the same q."""
-    rounds = [r for t in traces for r in t.rounds]
-    drafted = [torch.tensor(r.drafted[:k], device=r.target_probs.device) for r in rounds]
-    return 1 + float(np.mean([
-        expected_accepted(block, x, r.draft_probs[: len(x)], r.target_probs[: len(x) + 1]) for x, r in zip(drafted, rounds)
-    ]))  # fmt: skip
 
 
 def together(rows: list[dict], arm: str) -> list[dict]:
@@ -250,126 +206,6 @@ def cell(rows: list[dict], arm: str, baseline: str) -> dict:
     return out
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a round is made of, in units of one target-alone step (its sampling included)."""
-
-    step_seconds: float  # one target step: one row through the model, probabilities, one draw
-    drafts: dict[int, float]  # k draft steps of a round ÷ one target step; the first is slower, its weights are not at hand
-    v: dict[int, float]  # a verifying pass over m rows, probabilities included ÷ one target step
-    o: float  # the decision about the middle one of the measured k, told to the host ÷ one target step
-
-    @property
-    def c(self) -> float:
-        """One draft step of a long round ÷ one target step."""
-        k = max(self.drafts)
-        return self.drafts[k] / k
-
-    def draft(self, k: int) -> float:
-        """k draft steps, interpolated between the measured k."""
-        return float(np.interp(k, [0, *self.drafts], [0, *self.drafts.values()]))
-
-    def verify(self, m: int) -> float:
-        """v(m), interpolated between the measured m."""
-        return float(np.interp(m, list(self.v), list(self.v.values())))
-
-
-def mean_verdict(costs: Costs, lengths: list[int], m: int) -> float:
-    """v(m) + o of a drafter whose proposals are sometimes shorter than the m − 1 tokens that it was asked for. Where it
-    proposes none, nothing is decided."""
-    rows = [min(m, n + 1) for n in lengths]
-    return float(np.mean([costs.verify(m) + costs.o * (m > 1) for m in rows]))
-
-
-def predict(costs: Costs, texts: list[Text], *, k: int, n: int, prefill_seconds: float) -> float:
-    """The speed-up that ``costs`` promise for texts of n tokens like these, which differ more from each other than their rounds
-    do."""
-    spent = [theory.text_cost(n, alphas, k, costs.draft, partial(mean_verdict, costs, lengths)) for alphas, lengths in texts]
-    prefill = prefill_seconds / costs.step_seconds
-    return (prefill + n) / (prefill + float(np.mean(spent)))
-
-
-def best_as_block(kept: list[Trace], costs: Costs, texts: list[Text], ks: Sequence[int]) -> tuple[int, float]:
-    """The k at which a round by the block rule writes the most tokens for what it costs, and how many: expected from ``kept``,
-    traces with their probabilities, by whatever rule."""
-    spent = {k: costs.draft(k) + np.mean([mean_verdict(costs, lengths, k + 1) for _, lengths in texts]) for k in ks}
-    expected = {k: tokens_as_block(kept, k) for k in ks}
-    k = max(ks, key=lambda k: expected[k] / spent[k])
-    return k, expected[k]
-
-
-Timings = dict[tuple[str, int], list[float]]  # seconds of ("target", 1), ("draft", k), ("verify", rows), ("decide", k)
-
-
-@torch.inference_mode()
-def time_parts(
-    target: Transformer, drafter: Drafter, prompt: list[int], sampling: Sampling, ks: Sequence[int], repeats: int = 8,
-    rule: Rule = token_wise, timings: Timings | None = None,
-) -> Timings:  # fmt: skip
-    """Interleaved timings of a round's parts after ``prompt``, for each of ``ks``; given ``timings`` are added to, three for
-    each of ``repeats``.
-
-    Each part follows what it follows in a text, because what ran before it decides what the processor's caches hold: a
-    target step other steps, a verifying pass the drafting, and both the draft and the decision a verifying pass; and that
-    for some rounds, because a cache may keep a part of the weights from one to the next.
-    """
-    k_max, middle = max(ks), sorted(ks)[len(ks) // 2]
-    randomness, cache = Randomness(0, target.device), target.new_cache()
-    text = prompt + prompt[-1:]  # the last token is unread, as after every round
-    prefill(target, text, cache)
-    drafter.start()
-    newest = torch.tensor(text[-1:], device=target.device)
-    drafted = torch.tensor([prompt[i % len(prompt)] for i in range(k_max)], device=target.device)
-
-    def step():
-        return int(draw_next(target, newest[None], cache, sampling, randomness)[0])
-
-    def verify(m):
-        return step() if m == 1 else next_probs(target, torch.cat([newest, drafted[: m - 1]])[None], cache, sampling)
-
-    def judged():
-        nonlocal p
-        p = verify(middle + 1)
-
-    p = verify(k_max + 1)
-    q = p[:-1].roll(1, 0)
-    drafted = torch.cat([randomness.choose(row) for row in q])
-    q, some = q[:middle], drafted[:middle]
-
-    def draft(k):
-        return drafter.propose(text, k, sampling, randomness)
-
-    def decide():
-        accepted, following = rule(some, q, p, randomness)
-        return on_host(accepted, some, following)
-
-    work = {("target", 1): (step, step), ("decide", middle): (judged, decide)}
-    work |= {("draft", k): (partial(verify, k + 1), partial(draft, k)) for k in sorted(ks)}
-    work |= {("verify", m): (partial(draft, max(1, m - 1)), partial(verify, m)) for m in [1, *(k + 1 for k in sorted(ks))]}
-    timings = {} if timings is None else timings
-    for _ in range(repeats):
-        for name, (before, function) in work.items():
-            seconds = []
-            pairs = 24 if function is step else 6  # nothing else runs between steps, and a text has many
-            for part in (before, function) * pairs:
-                cache.truncate(len(prompt))
-                drafter.truncate(len(prompt))
-                began = clock()
-                part()
-                seconds.append(clock() - began)
-            timings.setdefault(name, []).extend(seconds[-5::2])  # of `function`; what came before it warmed up, or captured
-    return timings
-
-
-def costs_of(timings: Timings) -> Costs:
-    """In target steps. Means, because a text takes the sum of its rounds, whose parts are often quick and sometimes slow;
-    without the slowest tenth and the quickest, which are somebody else's."""
-    mean = {name: float(np.mean(np.sort(v)[len(v) // 10 : len(v) - len(v) // 10])) for name, v in timings.items()}
-    one = mean["target", 1]
-    steps = {part: {n: t / one for (of, n), t in mean.items() if of == part} for part in ("draft", "verify", "decide")}
-    return Costs(one, steps["draft"], steps["verify"], *steps["decide"].values())
-
-
 @dataclass
 class Benchmark:
     """What `run` measured. ``cells`` and ``rows`` are tables, one dict a line; keys are like "small T=0"."""
@@ -413,6 +249,11 @@ class Prompts(NamedTuple):
     fresh: list[list[int]]  # for the final figures
 
 
+def arm_of(name: str, k: int, rule: Rule = token_wise) -> str:
+    """The name of the arm C with that drafter."""
+    return f"C {name} block k={k}" if rule is block else f"C {name} k={k}"
+
+
 def split_prompts(data: TokenData, config: BenchConfig) -> Prompts:
     """As many prompts of each kind as ``config`` says."""
     sizes = config.n_sweep_prompts, config.n_untimed_prompts, config.n_prompts
@@ -436,81 +277,129 @@ def run(
     these texts and those not timed, from which, with costs measured in turns with the fresh prompts, the speed on these is
     predicted too. ``after`` each temperature is told what there is so far.
     """
-    prompts = split_prompts(data, config)
-    length = config.prompt_tokens + config.new_tokens // 2
-    typical = (prompts.sweep[0] * (length // config.prompt_tokens + 1))[:length]  # as long as a text is in the middle
-    out, k_max, device = Benchmark(), max(config.ks), target.device
-    rule = ready_rule(token_wise, config.passes, device)
+    out, prompts = Benchmark(), split_prompts(data, config)
     for temperature in config.temperatures:
-        sampling, tag = Sampling(temperature), f"T={temperature:g}"
-        baseline = target_alone(target, config, sampling)
-        arms = {f"B {name}": target_alone(model, config, sampling) for name, model in alone.items()}
-        for name, drafter in drafters.items():
-            arms[f"A beside {name}"] = baseline  # every cell is divided by A, so its moment must not be a single one
-            arms |= {f"C {name} k={k}": both(target, drafter, k, config, sampling) for k in config.ks}
-        traces, timings, timings_again = {}, {name: {} for name in drafters}, {name: {} for name in drafters}
-
-        def time_costs(timings, ks, repeats):
-            for name, drafter in drafters.items():
-                time_parts(target, drafter, typical, sampling, ks(name), repeats=repeats, rule=rule, timings=timings[name])
-
-        beside = partial(time_costs, timings, lambda name: config.ks, 2)
-        rows = together(measure(arms, prompts.sweep, seed=config.seed, device=device, traces=traces, between=beside), "A")
-        finals = {"A": baseline, "A again": baseline} | {name: arms[name] for name in arms if name.startswith("B ")}
-        predicted = {}
-        for name, drafter in drafters.items():
-            key = f"{name} {tag}"
-            costs = out.costs[key] = costs_of(timings[name])
-            by_k = {k: traces[f"C {name} k={k}"] for k in config.ks}
-            rounds = [trace for k in config.ks for trace in by_k[k]]
-            out.by_position[key] = acceptance_by_position(rounds, k_max)
-            kept = untimed(target, drafter, prompts.sweep, k_max, config, sampling, keep_probs=True)
-            out.alpha[key] = alpha(kept)
-            texts = acceptance_of_texts(by_k, untimed(target, drafter, prompts.untimed, k_max, config, sampling))
-            prefill = float(np.mean([t.seconds["prefill"] for t in rounds]))
-            of_sweep, predicted[name] = (
-                partial(predict, texts=these, n=config.new_tokens, prefill_seconds=prefill)
-                for these in (texts[: len(prompts.sweep)], texts)
-            )
-            table = {k: cell(rows, f"C {name} k={k}", "A") for k in config.ks}
-            for k, line in table.items():
-                line |= {"draft": name, "temperature": temperature, "k": k, "predicted": of_sweep(costs, k=k)}
-            best = max(table, key=lambda k: table[k]["speedup"])
-            picked = max(table, key=lambda k: predicted[name](costs, k=k))
-            out.best_k[key] = {"picked": picked, "best": best, "of_best": table[picked]["speedup"] / table[best]["speedup"]}
-            # what the parts say, and not the best of several measurements, which is also the luckiest: that is run beside it
-            out.best[key] = {"k": picked}
-            finals |= {arm: arms[arm] for arm in (f"C {name} k={picked}", f"C {name} k={best}")}
-            if temperature > 0:  # else the two rules are the same
-                k, expected = best_as_block(kept, costs, texts, config.ks)
-                out.as_block[key] = {"k": k, "tokens_per_round_expected": expected}
-                finals[f"C {name} block k={k}"] = both(target, drafter, k, config, sampling, block)
-            out.cells += list(table.values())
-        for name in alone:
-            out.cells.append(cell(rows, f"B {name}", "A") | {"draft": name, "temperature": temperature})
-        out.cells.append(cell(rows, "A", "A") | {"temperature": temperature})
-        beside = partial(time_costs, timings_again, lambda name: [out.best[f"{name} {tag}"]["k"]], 1)
-        again = measure(finals, prompts.fresh, seed=config.seed + 1000, device=device, between=beside)
-        for name in drafters:
-            line = out.best[f"{name} {tag}"]
-            line |= cell(again, f"C {name} k={line['k']}", "A")
-            costs = out.final_costs[f"{name} {tag}"] = costs_of(timings_again[name])
-            line |= {"predicted": predicted[name](costs, k=line["k"]), "acceptance": acceptance(again, f"C {name} k={line['k']}")}
-            if name in alone:
-                line["draft_alone"] = cell(again, f"B {name}", "A")
-            if (by := out.as_block.get(f"{name} {tag}")) is not None:
-                by |= cell(again, f"C {name} block k={by['k']}", "A")
-                by["of_token_wise"] = speed_ratio(again, f"C {name} block k={by['k']}", f"C {name} k={line['k']}")
-            choice = out.best_k[f"{name} {tag}"]
-            choice["fresh"] = speed_ratio(again, *(f"C {name} k={choice[which]}" for which in ("picked", "best")))
-        out.best[f"target {tag}"] = cell(again, "A", "A")
-        out.aa[tag] = speed_ratio(again, "A again", "A")
+        here = _Temperature(target, drafters, alone, config, prompts, Sampling(temperature), out)
+        rows, traces, timings = here.sweep()
+        predicted = {name: here.pick(name, rows, traces, costs_of(timings[name])) for name in drafters}
+        out.cells += here.cells_alone(rows)
+        again = here.confirm(predicted)
         for part, measured in (("sweep", rows), ("final", again)):
             out.rows += [{"temperature": temperature, "part": part} | r for r in measured]
         out.sweep_errors = agreement([line for line in out.cells if "predicted" in line])
         out.fresh_errors = agreement([line for line in out.best.values() if "predicted" in line])
         after(out)
     return out
+
+
+@dataclass
+class _Temperature:
+    """The three steps of `run` at one temperature, in this order; each adds what it finds to ``out``."""
+
+    target: Transformer
+    drafters: dict[str, Drafter]
+    alone: dict[str, Transformer]
+    config: BenchConfig
+    prompts: Prompts
+    sampling: Sampling
+    out: Benchmark
+
+    def sweep(self) -> tuple[list[dict], dict[str, list[Trace]], dict[str, Timings]]:
+        """Every k of every drafter on the same prompts, and in turns with them the costs of a round: rows, traces by arm and
+        timings by drafter."""
+        arms, traces, timings = self.drafts_alone(), {}, {name: {} for name in self.drafters}
+        for name in self.drafters:
+            arms[f"A beside {name}"] = self.baseline()  # every cell is divided by A, so its moment must not be a single one
+            arms |= {arm_of(name, k): self.both(name, k) for k in self.config.ks}
+        costs = partial(self.time_costs, timings, dict.fromkeys(self.drafters, self.config.ks), repeats=2)
+        rows = self.measure(arms, self.prompts.sweep, self.config.seed, between=costs, traces=traces)
+        return together(rows, "A"), traces, timings
+
+    def pick(self, name: str, rows: list[dict], traces: dict[str, list[Trace]], costs: Costs) -> Callable[..., float]:
+        """What theory makes of a drafter's sweep: the prediction beside every k, and the k that it picks for each rule. Returns
+        `predict` of all that is known of its texts, for other costs."""
+        out, config, key, ks = self.out, self.config, self.key(name), self.config.ks
+        by_k = {k: traces[arm_of(name, k)] for k in ks}
+        rounds = [trace for k in ks for trace in by_k[k]]
+        kept = self.untimed(name, self.prompts.sweep, keep_probs=True)
+        out.costs[key], out.alpha[key], out.by_position[key] = costs, alpha(kept), acceptance_by_position(rounds, max(ks))
+        texts = acceptance_of_texts(by_k, self.untimed(name, self.prompts.untimed))
+        text = {"n": config.new_tokens, "prefill_seconds": float(np.mean([t.seconds["prefill"] for t in rounds]))}
+        of_sweep, of_all = (partial(predict, texts=t, **text) for t in (texts[: len(self.prompts.sweep)], texts))
+        table = {k: cell(rows, arm_of(name, k), "A") for k in ks}
+        for k, line in table.items():
+            line |= {"draft": name, "temperature": self.sampling.temperature, "k": k, "predicted": of_sweep(costs, k=k)}
+        out.cells += list(table.values())
+        # what the parts say, and not the best of several measurements, which is also the luckiest: that is run beside it
+        picked, best = max(ks, key=lambda k: of_all(costs, k=k)), max(ks, key=lambda k: table[k]["speedup"])
+        out.best[key] = {"k": picked}
+        out.best_k[key] = {"picked": picked, "best": best, "of_best": table[picked]["speedup"] / table[best]["speedup"]}
+        if self.sampling.temperature > 0:  # else the two rules are the same
+            k, expected = best_as_block(kept, costs, texts, ks)
+            out.as_block[key] = {"k": k, "tokens_per_round_expected": expected}
+        return of_all
+
+    def confirm(self, predicted: dict[str, Callable[..., float]]) -> list[dict]:
+        """Each drafter on fresh prompts at the k that was picked, and in turns with them the costs there, from which ``predicted``
+        tells its speed: rows."""
+        out, timings = self.out, {name: {} for name in self.drafters}
+        arms = {"A": self.baseline(), "A again": self.baseline()} | self.drafts_alone()
+        for name in self.drafters:
+            arms |= {arm_of(name, k): self.both(name, k) for k in map(out.best_k[self.key(name)].get, ("picked", "best"))}
+            if (as_block := out.as_block.get(self.key(name))) is not None:
+                arms[arm_of(name, as_block["k"], block)] = self.both(name, as_block["k"], block)
+        costs = partial(self.time_costs, timings, {name: [out.best[self.key(name)]["k"]] for name in self.drafters}, repeats=1)
+        rows = self.measure(arms, self.prompts.fresh, self.config.seed + 1000, between=costs)
+        for name in self.drafters:
+            key, line, choice = self.key(name), out.best[self.key(name)], out.best_k[self.key(name)]
+            arm, best = arm_of(name, line["k"]), arm_of(name, choice["best"])
+            costs = out.final_costs[key] = costs_of(timings[name])
+            line |= cell(rows, arm, "A") | {"predicted": predicted[name](costs, k=line["k"]), "acceptance": acceptance(rows, arm)}
+            choice["fresh"] = speed_ratio(rows, arm, best)
+            if name in self.alone:
+                line["draft_alone"] = cell(rows, f"B {name}", "A")
+            if (line := out.as_block.get(key)) is not None:
+                line |= cell(rows, arm_of(name, line["k"], block), "A")
+                line["of_token_wise"] = speed_ratio(rows, line["arm"], arm)
+        out.best[self.key("target")] = cell(rows, "A", "A")
+        out.aa[f"T={self.sampling.temperature:g}"] = speed_ratio(rows, "A again", "A")
+        return rows
+
+    def cells_alone(self, rows: list[dict]) -> list[dict]:
+        """Lines of the sweep's table without speculation."""
+        where = {"temperature": self.sampling.temperature}
+        lines = [cell(rows, f"B {name}", "A") | {"draft": name} | where for name in self.alone]
+        return [*lines, cell(rows, "A", "A") | where]
+
+    def key(self, name: str) -> str:
+        return f"{name} T={self.sampling.temperature:g}"
+
+    def baseline(self) -> Arm:
+        return target_alone(self.target, self.config, self.sampling)
+
+    def drafts_alone(self) -> dict[str, Arm]:
+        return {f"B {name}": target_alone(model, self.config, self.sampling) for name, model in self.alone.items()}
+
+    def both(self, name: str, k: int, rule: Rule = token_wise) -> Arm:
+        return both(self.target, self.drafters[name], k, self.config, self.sampling, rule)
+
+    def measure(self, arms: dict[str, Arm], prompts: list[list[int]], seed: int, **options) -> list[dict]:
+        return measure(arms, prompts, seed=seed, device=self.target.device, **options)
+
+    def untimed(self, name: str, prompts: list[list[int]], keep_probs: bool = False) -> list[Trace]:
+        """What happened in a text after each of ``prompts`` with the largest k, untimed; with p and q if they are to be kept."""
+        traces = [Trace(keep_probs=keep_probs) for _ in prompts]
+        for i, (prompt, trace) in enumerate(zip(prompts, traces)):
+            self.both(name, max(self.config.ks))(prompt, Randomness(self.config.seed + i, self.target.device), trace)
+        return traces
+
+    def time_costs(self, timings: dict[str, Timings], ks: dict[str, Sequence[int]], repeats: int) -> None:
+        """Add to ``timings`` of each drafter, after a text as long as one is in the middle."""
+        rule, prompt = ready_rule(token_wise, self.config.passes, self.target.device), self.prompts.sweep[0]
+        length = self.config.prompt_tokens + self.config.new_tokens // 2
+        text = (prompt * (length // len(prompt) + 1))[:length]
+        for name, drafter in self.drafters.items():
+            time_parts(self.target, drafter, text, self.sampling, ks[name], repeats=repeats, rule=rule, timings=timings[name])
 
 
 def once_more(
@@ -533,17 +422,6 @@ def once_more(
         alone = cell(rows, "A", "A")["tokens_per_second"]
         lines += [{"temperature": temperature} | names[arm] | cell(rows, arm, "A") | {"target_alone": alone} for arm in names]
     return lines
-
-
-def untimed(
-    target: Transformer, drafter: Drafter, prompts: list[list[int]], k: int, config: BenchConfig, sampling: Sampling,
-    keep_probs: bool = False,
-) -> list[Trace]:  # fmt: skip
-    """What happened in a text after each of ``prompts``, untimed; with every row of p and q if they are to be kept."""
-    traces = [Trace(keep_probs=keep_probs) for _ in prompts]
-    for i, (prompt, trace) in enumerate(zip(prompts, traces)):
-        both(target, drafter, k, config, sampling)(prompt, Randomness(config.seed + i, target.device), trace)
-    return traces
 
 
 @dataclass(frozen=True)
@@ -583,20 +461,3 @@ def greedy_ties(target: Transformer, drafter: Drafter, prompts: list[list[int]],
     floor = 2 * largest_change
     near = sum(m < floor for m in margins)
     return Ties(len(margins), floor, near, len(prompts), len(parted_at), max(parted_at, default=0.0))
-
-
-def agreement(lines: list[dict]) -> dict:
-    """How well "predicted" of these lines tells "speedup": R², how far it lies above on average (relative), and in how many of
-    the n lines it lies within the interval measured."""
-    errors = [line["predicted"] / line["speedup"] - 1 for line in lines]
-    within = sum(line["ci95_low"] <= line["predicted"] <= line["ci95_high"] for line in lines)
-    r2 = r_squared([line["speedup"] for line in lines], [line["predicted"] for line in lines])
-    return {"r2": r2, "mean_error": float(np.mean(errors)), "within": within, "n": len(lines)}
-
-
-def r_squared(measured: list[float], predicted: list[float]) -> float:
-    """1 − Σ(measured − predicted)² / Σ(measured − mean)², of the prediction itself, not of a line fitted to it."""
-    y, f = np.array(measured), np.array(predicted)
-    total = ((y - y.mean()) ** 2).sum()
-    return float(1 - ((y - f) ** 2).sum() / total) if total else float("nan")
-

@@ -5,7 +5,6 @@ Nothing here waits for the device.
 
 import ctypes
 from ctypes import Structure, addressof, byref, c_char, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint, c_void_p
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 

@@ -24,8 +24,8 @@ from .distill import acceptance, distillation_loss, load_or_distill, written
 from .drafting import PromptLookup
 from .inference import PASSES, ready
 from .model import ModelConfig, Transformer
+from .prediction import agreement
 from .profiles import PROFILES, BenchConfig, Profile, Schedule, count, get_profile
-from .sampling import Sampling
 from .train import History, Loss, cross_entropy, load_or_train, source_key, train
 
 ROLES = ("target", "small", "medium")
@@ -444,8 +444,8 @@ def update_headline(profile: str, experiment: str = "benchmark") -> None:
         "tokens_per_round": {t: line["tokens_per_round"] for t, line in best.items()},
         "c": costs["drafts"][str(longest)] / longest, "v5": v.get("5"), "v9": v.get("9"), "o": costs["o"],
         "prediction": {
-            "sweep": bench.agreement(cells),
-            "fresh": bench.agreement([fresh(key, line) for key, line in values["best"].items() if "k" in line]),
+            "sweep": agreement(cells),
+            "fresh": agreement([fresh(key, line) for key, line in values["best"].items() if "k" in line]),
         },
         "aa": {f"T{t}": values["aa"][f"T={t}"] for t in temperatures},
     }  # fmt: skip

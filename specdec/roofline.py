@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from .bench import clock
 from .inference import Model, draw_next, next_probs, ready
 from .model import ModelConfig, Transformer
+from .prediction import clock
 from .profiles import Profile, get_profile
 from .sampling import Randomness, Sampling
 

@@ -10,7 +10,7 @@ import time
 
 import mistakes
 import torch
-from chisquare import ALARM, ChiSquare
+from chisquare import ALARM
 from conftest import EXACT, make_model
 from oracle import engine_law, own_law, total_variation
 from test_statistics import emitted, examine

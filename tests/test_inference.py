@@ -15,7 +15,7 @@ from specdec.model import Transformer
 from specdec.native import MOST, PanelLinear
 from specdec.passes import EXACT_ROWS, Captured, CapturedShapes, FixedShapes
 from specdec.profiles import get_profile
-from specdec.sampling import RULES, Randomness, Sampling, block, token_wise
+from specdec.sampling import RULES, Randomness, Sampling, token_wise
 
 
 def texts(target, drafter, seeds=range(8), prompt=(1, 0, 2), n=11, k=3, **options):

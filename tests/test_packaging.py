@@ -41,7 +41,7 @@ def test_conda_users_get_the_same_versions():
 
 LAYERS = [
     {"theory", "sampling", "data"}, {"model"}, {"checkpoint", "profiles"}, {"train", "export"}, {"passes", "native"},
-    {"compiled", "cuda"}, {"inference"}, {"distill"}, {"drafting"}, {"engine"}, {"bench"},
+    {"compiled", "cuda"}, {"inference"}, {"distill"}, {"drafting"}, {"engine"}, {"prediction"}, {"bench"},
     {"report", "notebooks", "peers", "roofline"}, {"readme", "reproduce"}, {"__main__"},
 ]  # fmt: skip
 

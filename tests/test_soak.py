@@ -1,9 +1,7 @@
 """The soak, for two seconds."""
 
-import pytest
 import soak
 from conftest import EXACT
-
 
 
 def test_a_short_soak_finds_nothing(proof):
