@@ -227,7 +227,7 @@ def test_cached_decisions_equal_uncached_ones(proof, rule, k):
         cached = rounds(target, DraftModel(model), k, k, rule=rule)
         plain = rounds(Uncached(target), DraftModel(Uncached(model)), k, k, rule=rule)
         assert len(cached) == len(plain)
-        different, largest = differences(zip(cached, plain))
+        different, largest = differences(cached, plain)
         name = f"cached against uncached, {who}, {rule}, k = {k}"
         proof.check(name, "rounds decided differently", different, 0, len(cached))
         proof.check(name, "largest difference of a row of p or q", largest, EXACT, len(cached))
@@ -249,7 +249,7 @@ def test_broken_caches_decide_differently(proof, name):
     model = target if own else draft  # the hole opens after a fully accepted block
     for k in (2, 3):  # at k = 1 a draft reads nothing that can be refused
         broken, plain = rounds(*build(target, model), k, k), rounds(Uncached(target), DraftModel(Uncached(model)), k, k)
-        proof.control(name, "rounds decided differently", differences(zip(broken, plain))[0], 0, len(plain))
+        proof.control(name, "rounds decided differently", differences(broken, plain)[0], 0, len(plain))
 
 
 def test_the_hole_leaves_the_text_exact_and_costs_acceptance(proof):

@@ -324,11 +324,11 @@ def test_cached_rows_of_the_trained_pair(proof, trained):
         trace = Trace(keep_probs=True)
         list(speculate(t, prompt, drafter=d, k=1, max_new_tokens=48, randomness=Randomness(5), trace=trace))
         found[name] = trace.rounds
-    different, largest = differences(zip(found["right"], found["plain"]))
+    different, largest = differences(found["right"], found["plain"])
     n = len(found["plain"])
     proof.check("cached against uncached, trained pair", "rounds decided differently", different, 0, n)
     proof.check("cached against uncached, trained pair", "largest difference of a row of p or q, float32", largest, 1e-3, n)
-    different, _ = differences(zip(found["hole"], found["plain"]))
+    different, _ = differences(found["hole"], found["plain"])
     proof.control("the draft's last token never fed (trained pair)", "rounds decided differently", different, 0, n)
 
 
@@ -343,7 +343,7 @@ def test_compiled_steps_of_the_trained_pair(proof, trained):
         options = dict(rule=ready_rule(token_wise, name), max_new_tokens=48, randomness=Randomness(5), trace=trace)
         list(speculate(t, prompt, drafter=drafter_of(d), k=K, **options))
         found[name] = trace.rounds
-    different, largest = differences(zip(found["compiled"], found["eager"]))
+    different, largest = differences(found["compiled"], found["eager"])
     n = len(found["eager"])
     proof.check("compiled against plain passes, trained pair", "rounds decided differently", different, 0, n)
     proof.check("compiled against plain passes, trained pair", "largest difference of a row of p or q, float32", largest, 1e-3, n)

@@ -32,13 +32,14 @@ class Uncached:
         return self.model(torch.tensor([cache.ids]))[:, -ids.shape[1] :]
 
 
-def differences(pairs):
-    """(rounds that decided differently, largest difference of a probability before the first of them)."""
+def differences(found, expected):
+    """(rounds that decided differently or that only one of the two has, largest difference of a probability before the first
+    of them)."""
     largest, different = 0.0, 0
-    for a, b in pairs:
+    for a, b in zip(found, expected):
         if (a.drafted, a.accepted, a.emitted) != (b.drafted, b.accepted, b.emitted):
             different += 1
         if not different:
             for x, y in ((a.target_probs, b.target_probs), (a.draft_probs, b.draft_probs)):
                 largest = max(largest, float((x - y).abs().max())) if len(x) else largest
-    return different, largest
+    return different + abs(len(found) - len(expected)), largest
