@@ -374,7 +374,8 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         f"Tokens per second at temperature 1, draft as trained: A (target alone) {number(seconds['A'], 0)}, B (draft alone) "
         f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step, timed beside the sweep over k: "
         f"draft step c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the "
-        f"decision o = {number(h['o'], 3)}. (c is of the longest drafts, divided by their k; it need not be A ÷ B, since B draws one token a call, and C all drafts of a round, after a verifying pass.)",
+        f"decision o = {number(h['o'], 3)}. (c is of the longest drafts, divided by their k; it need not be A ÷ B, since B draws "
+        "one token a call, and C all drafts of a round, after a verifying pass.)",
         "",
         f"Speed-up predicted from costs and acceptance against measured: in the sweep, which both come from, "
         f"{errors(h['prediction']['sweep'])}; on the fresh prompts, from the acceptance in other texts, {errors(h['prediction']['fresh'])}.",
