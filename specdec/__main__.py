@@ -2,7 +2,6 @@
 
 import argparse
 import codecs
-import json
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from . import bench, peers, report, roofline
-from .data import tokens_for
+from .data import tokens_for, write_json
 from .distill import DIVERGENCES, TEXTS, load_or_distill
 from .drafting import drafter_of
 from .engine import Trace, generate, speculate
@@ -29,10 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"specdec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("\nspecdec: interrupted; what was finished is kept, and the same command goes on from there.", file=sys.stderr)
         return 130
     return 0
 
@@ -54,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "generate", run_generate, "stream text from the target, sped up by a draft",
         'specdec generate --prompt "The people of" --k 4 --temperature 0.8',
     )  # fmt: skip
-    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument("--prompt", required=True, help="text to continue; an empty one begins a new text")
     sub.add_argument("--draft", default="small", help="small, medium or distilled (default: small)")
     sub.add_argument("--no-draft", action="store_true", help="the target alone")
     sub.add_argument("--k", type=int, default=4, help="drafted tokens per round (default: 4)")
@@ -79,16 +82,18 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--role", default="small", help="small or medium (default: small)")
 
-    sub = command(
+    sub = bench_command = command(
         "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does",
         "specdec bench --profile cpu --json bench.json",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
+    sub = sub.add_mutually_exclusive_group()
     sub.add_argument("--roofline", action="store_true", help="a decoding step of every model beside the floor that memory sets, "
                      "of the profile's and, with random weights, of the seed's sizes")  # fmt: skip
     sub.add_argument("--again", action="store_true", help="only what the headline quotes, once more, beside earlier runs in results/")
     sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
-    sub.add_argument("--draft", default="small", help="with --peers: small, medium or distilled (default: small)")
+    sub = bench_command
+    sub.add_argument("--draft", help="with --peers: small, medium or distilled (default: small)")
     sub.add_argument("--prompts", type=int, help="with --peers: how many prompts the best settings meet (default: the profile's)")
 
     sub = command(
@@ -135,12 +140,14 @@ def run_generate(options) -> None:
     sampling, randomness = Sampling(options.temperature, options.top_k, options.top_p), Randomness(options.seed)
     check("rule", options.rule, RULES)
     check("model", options.draft, [*drafts(profile), "distilled"])
-    if options.k < 1:
+    if options.k < 1 and not options.no_draft:
         raise ValueError(f"k is {options.k}; draft at least 1 token a round, or pass --no-draft.")
     if options.max_new_tokens < 0:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give 0 or more.")
     tokenizer = tokens_for(profile).tokenizer
-    prompt = tokenizer.encode_ordinary(options.prompt)
+    prompt, context = tokenizer.encode_ordinary(options.prompt) or [tokenizer.eot_token], profile.models["target"].context
+    if len(prompt) > context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens and the context {context}; shorten the prompt.")
     target, trace = ready(model_named(profile, "target"), passes="compiled"), Trace()
     common = dict(
         max_new_tokens=options.max_new_tokens, sampling=sampling, stop=(tokenizer.eot_token,),
@@ -168,6 +175,11 @@ def run_generate(options) -> None:
 
 def run_train(options) -> None:
     profile = get_profile(options.profile)
+    check("model", options.model, [*profile.models, "distilled"])
+    check("divergence", options.distill_loss or "cross-entropy", [*DIVERGENCES, "cross-entropy"])
+    check("text", options.distill_texts or "data", TEXTS)
+    if (options.distill_loss or options.distill_texts) and options.model != "distilled":
+        raise ValueError(f"a {options.model} model is trained on the text itself; give --model distilled with --distill-…")
     parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = "cpu"
     if torch.cuda.is_available():
@@ -199,6 +211,12 @@ def run_distill(options) -> None:
 
 
 def run_bench(options) -> None:
+    if not options.peers and (options.draft or options.prompts is not None):
+        raise ValueError("--draft and --prompts are for --peers; give it too, or leave them out.")
+    if options.json and (options.roofline or options.peers or options.again):
+        raise ValueError("--json is for the table of notebook 06; the others write into results/ by themselves.")
+    if options.prompts is not None and options.prompts < 1:
+        raise ValueError(f"--prompts is {options.prompts}; give at least 1.")
     if options.roofline:
         return run_roofline(options)
     if options.peers:
@@ -210,6 +228,8 @@ def run_bench(options) -> None:
         raise ValueError(f"{options.json!r} cannot be written; name a file in a folder that is there.")
     models, data = {name: model_named(profile, name) for name in ("target", "small", "medium")}, tokens_for(profile)
     result = bench.run(*bench.equip(models, profile.bench, data), data, profile.bench)
+    if options.json:
+        write_json(Path(options.json), {"cells": result.cells, "provenance": report.provenance(profile.name)})
     print(f"{'arm':16s} {'T':>3s} {'tokens/s':>9s} {'speed-up':>9s} {'95% interval':>14s} {'predicted':>9s} {'accepted÷examined':>18s}")
     for cell in result.cells:
         speculative = "predicted" in cell
@@ -232,9 +252,6 @@ def run_bench(options) -> None:
     for where, errors in (("in the sweep", result.sweep_errors), ("on fresh prompts", result.fresh_errors)):
         print(f"predicted against measured {where}: R² {errors['r2']:.2f}, {errors['mean_error']:+.0%} on average, "
               f"{errors['within']} of {errors['n']} within the interval")  # fmt: skip
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"cells": result.cells, "provenance": report.provenance(profile.name)}, file, indent=2)
 
 
 def run_roofline(options) -> None:
@@ -253,10 +270,10 @@ def run_again(options) -> None:
 
 
 def run_peers(options) -> None:
-    profile = get_profile(options.profile)
-    check("model", options.draft, [*drafts(profile), "distilled"])
+    profile, name = get_profile(options.profile), options.draft or "small"
+    check("model", name, [*drafts(profile), "distilled"])
     library, began = peers.transformers(), time.perf_counter()
-    target, draft = model_named(profile, "target"), model_named(profile, options.draft)
+    target, draft = model_named(profile, "target"), model_named(profile, name)
     bench_config = replace(profile.bench, n_prompts=options.prompts or profile.bench.n_prompts)
     result = peers.compare(target, draft, tokens_for(profile), bench_config)
     print(f"{'arm, each side at its best':34s} {'T':>3s} {'tokens/s':>9s} {'÷ ours alone':>12s} {'tokens per target pass':>23s}")
@@ -269,7 +286,7 @@ def run_peers(options) -> None:
             print(f"ours ÷ transformers {library.__version__}, {kind}, {temperature}: {ratio['value']:.2f} [{low:.2f}, {high:.2f}]")
     settings = {key: getattr(bench_config, key) for key in ("n_prompts", "new_tokens", "ks", "dtype", "passes")}
     report.record(
-        profile.name, "peers", params=settings | {"draft": options.draft, "transformers": library.__version__},
+        profile.name, "peers", params=settings | {"draft": name, "transformers": library.__version__},
         values={"ours_by_theirs": result.ratios, "cells": result.cells}, rows=result.rows,
         seed=profile.bench.seed, seconds=time.perf_counter() - began,
     )  # fmt: skip
@@ -280,6 +297,8 @@ def run_export(options) -> None:
     check("model", options.role, [*profile.models, "distilled"])
     if out.exists():
         raise ValueError(f"there is something in {out.name!r} already; delete it or name another folder.")
+    if not os.access(next(folder for folder in out.resolve().parents if folder.exists()), os.W_OK):
+        raise ValueError(f"{options.out!r} cannot be written; name a folder where you may write.")
     (model, history), data = trained(profile, options.role), tokens_for(profile)
     trainings = {"training": history.rows[-1]}
     if options.role == "distilled":

@@ -68,8 +68,9 @@ def measure(
     The arms take turns on each prompt, starting with another one each time; the first ``warmup`` prompts run once
     more before anything counts. Every arm sees the same seed on the same prompt. Stop tokens are off. A text in which
     the system says that it gave a processor to another machine is run again, twice at most, whatever arm it is; but after one
-    text in ten no more, for where processors are taken away all the time there is nothing better to wait for. ``traces``
-    receives what each arm did, prompt by prompt; ``between`` is called after each prompt.
+    text in ten no more, for where processors are taken away all the time there is nothing better to wait for. ``runs`` of a row
+    says how often it was run, ``document`` where its prompt is from. ``traces`` receives what each arm did, prompt by prompt;
+    ``between`` is called after each prompt.
     """
     names, rows = list(arms), []
     order = [(-1, p) for p in prompts[:warmup]] + list(enumerate(prompts))
@@ -77,16 +78,17 @@ def measure(
     for i, prompt in tqdm(order, desc="measure", disable=not sys.stderr.isatty(), leave=False):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            for attempt in range(3):
+            for runs in (1, 2, 3):
                 trace, before = Trace(clock=time.perf_counter), stolen()
                 began = clock()
                 arms[name](prompt, Randomness(seed + i, device), trace)
                 seconds = clock() - began
-                if stolen() == before or attempt == 2 or spare == 0:
+                if stolen() == before or runs == 3 or spare == 0:
                     break
                 spare -= 1
             if i >= 0:
-                rows.append({"arm": name, "prompt": i, "seconds": seconds} | summary([trace]))
+                where = {"prompt": i, "document": getattr(prompt, "document", i)}
+                rows.append({"arm": name} | where | {"runs": runs, "seconds": seconds} | summary([trace]))
                 if traces is not None:
                     traces.setdefault(name, []).append(trace)
         between()
@@ -139,6 +141,9 @@ def alpha(traces: list[Trace]) -> float:
     return float(np.mean(overlaps))
 
 
+WHERE = ("prompt", "document")  # columns of a row that are not counts
+
+
 def together(rows: list[dict], arm: str) -> list[dict]:
     """``rows`` with those of the arms "``arm`` beside …" added up to one of ``arm`` for each prompt."""
     sums, others = {}, []
@@ -146,39 +151,51 @@ def together(rows: list[dict], arm: str) -> list[dict]:
         if not row["arm"].startswith(f"{arm} beside "):
             others.append(row)
             continue
-        total = sums.setdefault(row["prompt"], dict.fromkeys(row, 0) | {"arm": arm, "prompt": row["prompt"]})
-        for key in row.keys() - {"arm", "prompt"}:
+        total = sums.setdefault(row["prompt"], dict.fromkeys(row, 0) | {"arm": arm} | {key: row[key] for key in row.keys() & WHERE})
+        for key in row.keys() - {"arm", *WHERE}:
             total[key] += row[key]
     return [*sums.values(), *others]
 
 
 def speed_ratio(rows: list[dict], arm: str, baseline: str, *, samples: int = 2000, seed: int = 0) -> dict:
-    """Tokens per second of ``arm`` ÷ of ``baseline``: {"value", "ci95"}, a paired bootstrap over prompts."""
-    table = {(r["arm"], r["prompt"]): r for r in rows}
-    prompts = sorted({r["prompt"] for r in rows})
-    column = {
-        (name, key): np.array([table[name, p][key] for p in prompts], dtype=float)
-        for name in (arm, baseline)
-        for key in ("tokens", "seconds")
-    }
+    """Tokens per second of ``arm`` ÷ of ``baseline``: {"value", "ci95"}, a paired bootstrap over `groups` of prompts."""
+    of = groups(rows)
+    (tokens, seconds), (others, their_seconds) = (sums(rows, name, of, ("tokens", "seconds")) for name in (arm, baseline))
 
     def ratio(i):
-        fast, slow = (column[n, "tokens"][i].sum(-1) / column[n, "seconds"][i].sum(-1) for n in (arm, baseline))
-        return fast / slow
+        return (tokens[i].sum(-1) / seconds[i].sum(-1)) / (others[i].sum(-1) / their_seconds[i].sum(-1))
 
-    return _bootstrap(ratio, len(prompts), samples, seed)
+    return _bootstrap(ratio, len(tokens), samples, seed)
 
 
 def acceptance(rows: list[dict], arm: str, *, samples: int = 2000, seed: int = 0) -> dict:
-    """Accepted ÷ examined drafts of ``arm``: {"value", "ci95"}, a bootstrap over prompts. Under the token-wise rule its
-    expectation is α at the examined positions."""
-    mine = [r for r in rows if r["arm"] == arm]
-    accepted, examined = (np.array([r[key] for r in mine], dtype=float) for key in ("accepted", "examined"))
-    return _bootstrap(lambda i: accepted[i].sum(-1) / examined[i].sum(-1).clip(1), len(mine), samples, seed)
+    """Accepted ÷ examined drafts of ``arm``: {"value", "ci95"}, a bootstrap over `groups` of prompts. Under the token-wise rule
+    its expectation is α at the examined positions."""
+    accepted, examined = sums(rows, arm, groups([r for r in rows if r["arm"] == arm]), ("accepted", "examined"))
+    return _bootstrap(lambda i: accepted[i].sum(-1) / examined[i].sum(-1).clip(1), len(accepted), samples, seed)
+
+
+def groups(rows: list[dict]) -> dict[int, int]:
+    """The group of each prompt, from 0 on. Prompts from one document are alike, so what is drawn anew in a bootstrap are documents;
+    where rows do not name five of them at least, the prompts."""
+    document = {r["prompt"]: r.get("document", r["prompt"]) for r in rows}
+    if len(set(document.values())) < 5:
+        document = {prompt: prompt for prompt in document}
+    number = {name: i for i, name in enumerate(sorted(set(document.values())))}
+    return {prompt: number[name] for prompt, name in document.items()}
+
+
+def sums(rows: list[dict], arm: str, of: dict[int, int], keys: Sequence[str]) -> np.ndarray:
+    """``keys`` of ``arm`` added up for each of the groups ``of`` prompts: (len(keys), groups)."""
+    out = np.zeros((len(keys), 1 + max(of.values())))
+    for r in rows:
+        if r["arm"] == arm:
+            out[:, of[r["prompt"]]] += [r[key] for key in keys]
+    return out
 
 
 def _bootstrap(ratio: Callable, n: int, samples: int, seed: int) -> dict:
-    """``ratio`` of indices (…, n) of prompts, and where 95% of it lies when they are drawn anew."""
+    """``ratio`` of indices (…, n) of groups, and where 95% of it lies when they are drawn anew."""
     low, high = np.percentile(ratio(np.random.default_rng(seed).integers(n, size=(samples, n))), [2.5, 97.5])
     return {"value": float(ratio(np.arange(n))), "ci95": [float(low), float(high)]}
 
@@ -186,7 +203,7 @@ def _bootstrap(ratio: Callable, n: int, samples: int, seed: int) -> dict:
 def cell(rows: list[dict], arm: str, baseline: str) -> dict:
     """One line of the benchmark's table."""
     mine = [r for r in rows if r["arm"] == arm]
-    total = {key: sum(r[key] for r in mine) for key in mine[0] if key not in ("arm", "prompt")}
+    total = {key: sum(r[key] for r in mine) for key in mine[0] if key not in ("arm", *WHERE)}
     ratio = speed_ratio(rows, arm, baseline)
     out = {
         "arm": arm,
@@ -259,7 +276,7 @@ def split_prompts(data: TokenData, config: BenchConfig) -> Prompts:
     sizes = config.n_sweep_prompts, config.n_untimed_prompts, config.n_prompts
     left, chosen = held_out_prompts(data, sum(sizes), config.prompt_tokens), []
     for size in sizes:
-        taken = left[:: len(left) // size][:size] if size else []
+        taken = [left[i] for i in np.linspace(0, len(left) - 1, size).astype(int)]
         left = [prompt for prompt in left if prompt not in taken]
         chosen.append(taken)
     return Prompts(*chosen)

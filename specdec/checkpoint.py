@@ -6,6 +6,7 @@ A checkpoint is a folder with ``model.safetensors`` and, written last, ``config.
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def save_model(model: Transformer, folder: Path, info: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # incomplete from here on
     temporary = folder / f"model.safetensors.{os.getpid()}.partial"  # two processes may train the same model
-    save_file({name: w.detach().contiguous().cpu() for name, w in model.state_dict().items()}, temporary)
+    with told(temporary):
+        save_file({name: w.detach().contiguous().cpu() for name, w in model.state_dict().items()}, temporary)
     put_in_place(temporary, folder / "model.safetensors")
     write_json(folder / "config.json", {"model": asdict(model.config), "info": info})
 
@@ -37,7 +39,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Transf
     except FileNotFoundError:
         raise ValueError(f"there is no finished checkpoint in {folder.name!r}; train it first.") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        message = f"config.json in {folder.name!r} does not describe a specdec model; train it again."
+        message = f"config.json in {folder.name!r} does not describe a specdec model; delete that folder and train again."
         raise ValueError(message) from error
     try:
         weights = load_file(folder / "model.safetensors")
@@ -62,7 +64,8 @@ def save_training(folder: Path, state: dict) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"training.pt.{os.getpid()}.partial"
-    torch.save(state, temporary)
+    with told(temporary):
+        torch.save(state, temporary)
     put_in_place(temporary, folder / "training.pt")
 
 
@@ -79,6 +82,16 @@ def load_training(folder: Path) -> dict | None:
 
 def clear_training(folder: Path) -> None:
     (Path(folder) / "training.pt").unlink(missing_ok=True)
+
+
+@contextmanager
+def told(path: Path):
+    """What the libraries raise where a file cannot be written, as the system's own kind of error."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path.name} cannot be written ({error}); make room, then run it again.") from error
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

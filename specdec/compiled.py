@@ -5,11 +5,12 @@ small call of a library's costs several times what it does alone. So there shoul
 """
 
 import ctypes
+
 import torch
 from torch import Tensor
 
 from .model import NO_TOKENS, KVCache, ModelConfig, Transformer, of_one_text
-from .native import MOST, TYPES, NativeModel, Whole, library, multiplied, sums
+from .native import MOST, SUMS, TYPES, NativeModel, Whole, library, multiplied, sums
 from .sampling import Randomness, Rule, Sampling, as_written, block, spread
 
 
@@ -43,7 +44,7 @@ class CompiledModel(Whole):
         for i in range(0, T, MOST):
             rows = min(MOST, T - i)
             place = (0, None) if logits is None else (rows, logits[i:].data_ptr())
-            _check(self.calls.read(self.type, self.at, *cache.at, ids[:, i:].data_ptr(), rows, start + i, *place))
+            _check(self.calls.read(self.type, self.at, *cache.at, ids[:, i:].data_ptr(), rows, start + i, *place), cache, start)
 
     def probs(self, ids: Tensor, cache: "PanelCache", sampling: Sampling) -> Tensor:
         rows = ids.shape[1]
@@ -53,7 +54,7 @@ class CompiledModel(Whole):
         probs = torch.empty(rows, self.native.n_outputs, dtype=self.sums)
         _check(self.calls.probabilities(
             self.type, self.at, *cache.at, ids.data_ptr(), rows, start, sampling.temperature, probs.data_ptr()
-        ))  # fmt: skip
+        ), cache, start)  # fmt: skip
         return self._unpadded(probs)
 
     def draw(
@@ -87,7 +88,7 @@ class CompiledModel(Whole):
         _check(self.calls.draw(
             self.type, self.at, *cache.at, at, rows, start, n, sampling.temperature, randomness.address(n), as_ids,
             tokens.data_ptr(), probs.data_ptr(),
-        ))  # fmt: skip
+        ), cache, start)  # fmt: skip
         return tokens, self._unpadded(probs)
 
     def _unpadded(self, rows: Tensor) -> Tensor:
@@ -112,8 +113,13 @@ def compiled_rule(
 ) -> tuple[int | Tensor, Tensor]:
     """``rule``, `token_wise` or `block`, as one call: the same tokens for the same random numbers."""
     k, n_ids = draft_probs.shape
-    if not k or draft_probs.dtype != target_probs.dtype or not as_written(randomness):
+    if not k or draft_probs.dtype != target_probs.dtype or draft_probs.dtype not in SUMS or not as_written(randomness):
         return rule(drafted, draft_probs, target_probs, randomness)
+    if drafted.shape != (k,) or target_probs.shape != (k + 1, n_ids):  # what is read beyond them is not ours
+        raise ValueError(
+            f"{tuple(drafted.shape)} drafts with rows {tuple(draft_probs.shape)} of q and {tuple(target_probs.shape)} of p "
+            "cannot be judged; give k drafts, k rows and k + 1 rows over the same ids."
+        )
     q, p = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (draft_probs, target_probs))
     drafted = drafted.contiguous()
     accepted, following = ctypes.c_int64(), drafted.new_empty(1)
@@ -130,6 +136,8 @@ def _long(ids: Tensor) -> Tensor:
     return ids if ids.dtype == torch.long and ids.is_contiguous() else ids.to(torch.long).contiguous()
 
 
-def _check(known: bool) -> None:
+def _check(known: bool, cache: KVCache | None = None, start: int = 0) -> None:
     if not known:
+        if cache is not None:
+            cache.truncate(start)  # nothing was read
         raise IndexError("there is an id that the model does not have; use the model's own tokenizer.")

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
@@ -77,8 +77,10 @@ class TokenData:
 
 
 def build_dir() -> Path:
-    """Where everything that can be made again is kept: $SPECDEC_BUILD, else ``build``."""
-    return Path(os.environ.get("SPECDEC_BUILD", "build"))
+    """Where everything that can be made again is kept: $SPECDEC_BUILD, else ``build`` in the checkout, whatever folder one is in;
+    of an installed package, in that folder."""
+    checkout = Path(__file__).resolve().parent.parent
+    return Path(os.environ.get("SPECDEC_BUILD") or (checkout if (checkout / "pyproject.toml").exists() else Path()) / "build")
 
 
 @cache
@@ -323,7 +325,15 @@ def batch(tokens: np.ndarray, batch_size: int, block_size: int, generator: torch
     return window(tokens, starts, block_size)
 
 
-def held_out_prompts(data: TokenData, n: int, length: int) -> list[list[int]]:
+class Prompt(list):
+    """Ids, and the number of the held-out document that they are from: prompts from the same one are alike."""
+
+    def __init__(self, ids: Iterable[int], document: int):
+        super().__init__(ids)
+        self.document = document
+
+
+def held_out_prompts(data: TokenData, n: int, length: int) -> list[Prompt]:
     """n prompts of ``length`` tokens, evenly spread over the validation text, none across the end of a document."""
     if n < 1 or length < 1:
         raise ValueError(f"{n} prompts of {length} tokens were asked for; ask for at least one of at least one token.")
@@ -336,4 +346,4 @@ def held_out_prompts(data: TokenData, n: int, length: int) -> list[list[int]]:
     chosen = np.linspace(0, places[-1] - 1, n).astype(int)
     document = np.searchsorted(places, chosen, side="right")
     starts = stops[document] - length + 1 - (places[document] - chosen)  # counted back from the document's end
-    return [tokens[s : s + length].tolist() for s in starts]
+    return [Prompt(tokens[s : s + length].tolist(), int(d)) for s, d in zip(starts, document)]

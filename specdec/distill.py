@@ -12,6 +12,7 @@ import hashlib
 import os
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -66,14 +67,18 @@ def load_or_distill(
     """The draft of that role, trained further on the target by ``kind``; "cross-entropy" is the control.
 
     Another divergence than forward KL takes over in the last phase of the profile's schedule, as other text does where
-    ``texts`` says so (see `TEXTS`). None, for either, is the profile's own choice; the control learns from data.
+    ``texts`` says so (see `TEXTS`). None, for either, is the profile's own choice. The control learns from data, in as many
+    trainings of as many steps.
     """
     kind = kind or profile.divergence
     if kind not in ("cross-entropy", *DIVERGENCES):
         raise ValueError(f"there is no divergence {kind!r}; choose one of {', '.join(DIVERGENCES)} or cross-entropy.")
-    texts = "data" if kind == "cross-entropy" else texts or profile.texts
+    texts = texts or profile.texts
     if texts not in TEXTS:
         raise ValueError(f"there is no text of {texts!r}; choose one of {', '.join(TEXTS)}.")
+    apart = texts == "data+target"
+    if kind == "cross-entropy":
+        texts, apart = "data", apart or profile.divergence != "forward-kl"
     data = tokens_for(profile)
     target, _ = load_or_train(profile, "target", device=device)
     student, _ = load_or_train(profile, role, device=device)
@@ -91,7 +96,7 @@ def load_or_distill(
         whose = f"draft-{role}" if texts == "draft" else texts  # the target writes once for all drafts
         text = _written_once(writer, data, profile, whose, asked)
         own = replace(data, train=np.concatenate([text, data.train[: len(text)]]) if texts == "data+target" else text)
-    rows, stages = [], stages_of(profile.distillation, kind, apart=texts == "data+target")
+    rows, stages = [], stages_of(profile.distillation, kind, apart)
     for i, (name, schedule) in enumerate(stages):
         parts[f"stage {len(parts)}"] = [name, asdict(schedule)]
         loss = cross_entropy if name == "cross-entropy" else distillation_loss(target, name)
@@ -167,7 +172,7 @@ def _written_once(model: Transformer, data: TokenData, profile: Profile, name: s
     for weight in model.parameters():  # another training, another file
         key.update(weight.detach().cpu().numpy().tobytes())
     path = build_dir() / profile.name / "tokens" / f"{name}-{key.hexdigest()[:12]}.npy"
-    if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
+    if _text(path) is None and (not dist.is_initialized() or dist.get_rank() == 0):
         texts = np.concatenate([
             written(
                 model, data.train, -(-n // (length * len(temperatures))), length, eot=data.eot, seed=seed + i,
@@ -182,7 +187,15 @@ def _written_once(model: Transformer, data: TokenData, profile: Profile, name: s
         put_in_place(unfinished, path)
     if dist.is_initialized():
         dist.barrier()
-    return np.load(path)
+    return _text(path)
+
+
+def _text(path: Path) -> np.ndarray | None:
+    """What is in the file; None if there is none, or not all of it."""
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ happened is written into a `Trace`; statistics are computed from it elsewhere, n
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -126,7 +127,8 @@ def speculate(
         start = len(text)
         with no_gradients:  # not around the yields: what the reader of the stream does is not ours
             # 1. Draft: up to k tokens from q, one after another. No more than could still be used, or read by the drafter.
-            drafted, q = drafter.propose(text, max(0, min(k, limit - start - 1, readable - start)), sampling, randomness)
+            most = max(0, min(k, limit - start - 1, readable - start))
+            drafted, q = _of_shape(*drafter.propose(text, most, sampling, randomness), most, drafter.n_ids)
             trace.mark("draft")
 
             # 2. Verify: one target pass reads the last accepted token and every draft → k+1 rows of p.
@@ -180,6 +182,17 @@ def on_host(accepted: int | Tensor, drafted: Tensor, following: Tensor) -> tuple
     return accepted, proposal, newest
 
 
+def _of_shape(drafted: Tensor, q: Tensor, most: int, n_ids: int) -> tuple[Tensor, Tensor]:
+    """A proposal as the rules take it for granted; a drafter of one's own may get it wrong."""
+    n = len(drafted)
+    if n > most or drafted.shape != (n,) or q.shape != (n, n_ids):
+        raise ValueError(
+            f"the drafter was asked for at most {most} tokens and proposed tokens {tuple(drafted.shape)} with rows "
+            f"{tuple(q.shape)} of q; return (n,) tokens and the (n, {n_ids}) rows they were drawn from, n at most {most}."
+        )
+    return drafted, q
+
+
 def _checked(token: int, n_ids: int, model: str, draft_probs: Tensor | None = None) -> int:
     """``token``, or the error that `Sampling.probs` could not raise without making an accelerator wait."""
     if token >= n_ids:
@@ -189,7 +202,10 @@ def _checked(token: int, n_ids: int, model: str, draft_probs: Tensor | None = No
 
 def _plan(target: Transformer, prompt: list[int], max_new_tokens: int) -> tuple[list[int], int, str]:
     """The prompt as plain numbers, the length at which the text ends, and the word for why."""
-    prompt, context = [int(token) for token in prompt], target.config.context
+    try:
+        prompt, context = [index(token) for token in prompt], target.config.context
+    except TypeError:
+        raise ValueError("the prompt is no list of ids; encode text first, with the encode of the model's tokenizer.") from None
     if getattr(target, "offered", None) is not None:
         raise ValueError("the target's output layer is trimmed, so it has no law of its own; give it with all its ids.")
     if not prompt:

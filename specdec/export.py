@@ -67,6 +67,8 @@ def load(
 
     ``dtype`` None keeps what is stored. ValueError, in one sentence, for whatever is not such a model.
     """
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; give a name of torch's, for example float32 or bfloat16.")
     folder = Path(name_or_folder)
     if not folder.exists():
         folder = _download(str(name_or_folder))

@@ -590,7 +590,7 @@ void decide(bool as_block, const int64_t* drafted, const T* q, long q_stride, co
       T coin = scales[k];
       if (i < k) {
         leave(i, scales[i]);
-        const T refused = total + 1 - scales[i];
+        const T refused = total + (1 - scales[i]);
         coin = refused > 0 ? total / refused : 1;
       }
       if (numbers[i - 1] < double(coin)) break;

@@ -23,6 +23,7 @@ from .train import can_compile, compiler
 
 MOST = 32  # as in native.cpp: most rows of a pass
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # bfloat16: of the weights; sums are float32
+SUMS = (torch.float32, torch.float64)
 # of GCC; the second: a single chain of sums is to be fused like several, so that a row has the same bits in any company
 FLAGS = ("-ftree-loop-vectorize", "--param=avoid-fma-max-bits=0", "-Wno-psabi")
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -46,7 +47,8 @@ def build(path: Path) -> None:
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, is_gcc
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    contract = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply and add in one instruction
+    # multiply and add in one instruction; but add in the order written, whatever torch is told to do elsewhere
+    contract = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.enable_unsafe_math_opt_flag": False}
     own = {"cpp.cxx": (None, compiler())}
     # not in the project's own folders, whose names may have spaces
     with tempfile.TemporaryDirectory() as folder, config.patch(contract | own):
@@ -63,7 +65,11 @@ def library() -> ctypes.CDLL:
     path = library_path()
     if not path.exists():
         build(path)
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError:  # a damaged file, which is made again
+        build(path)
+        loaded = ctypes.CDLL(str(path))
     n, at, model = c_long, c_void_p, POINTER(_Model)
     functions = {
         "multiply": (None, at, n, n, at, n, at),

@@ -19,6 +19,7 @@ from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Sampling
 
+LONGER = (16, 24)  # drafted tokens a round, beyond the profile's, which are chosen for our costs
 KINDS = ("alone", "draft", "lookup")  # transformers: generate, the same with an assistant model, or with prompt lookup
 
 
@@ -82,6 +83,7 @@ class Comparison:
 def contestants(target, theirs, draft, their_draft, lookup, config: BenchConfig, sampling: Sampling) -> dict[str, dict[str, Arm]]:
     """Every arm by its family and its setting; the family "ours alone" is the baseline of both."""
     alone, assisted = (lambda **o: their_arm(theirs, config, sampling, **o)), {"draft": their_draft}
+    longer = (*config.ks, *LONGER)  # each round costs them more, so a longer one may pay
     constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
     return {
         "ours alone": {"": target_alone(target, config, sampling)},
@@ -89,8 +91,8 @@ def contestants(target, theirs, draft, their_draft, lookup, config: BenchConfig,
         "ours lookup": {f"k={k}": both(target, lookup, k, config, sampling) for k in config.ks},
         "transformers alone": {"": alone(), "static cache": alone(cache_implementation="static")},
         "transformers draft": {"": alone(**assisted)}
-        | {f"k={k}": alone(**assisted, drafting={"num_assistant_tokens": k} | constant) for k in config.ks},
-        "transformers lookup": {f"k={k}": alone(prompt_lookup_num_tokens=k) for k in config.ks},
+        | {f"k={k}": alone(**assisted, drafting={"num_assistant_tokens": k} | constant) for k in longer},
+        "transformers lookup": {f"k={k}": alone(prompt_lookup_num_tokens=k) for k in longer},
     }
 
 

@@ -181,7 +181,8 @@ def get_profile(name: str | None = None) -> Profile:
     "seed@300M" is the profile `seed` with every schedule shortened alike, so that the target reads 300 million tokens;
     "seed@300M:PATH" also takes the text from local files (the source "text:PATH").
     """
-    name = name or os.environ.get("SPECDEC_PROFILE") or "cpu"
+    if name is None:
+        name = os.environ.get("SPECDEC_PROFILE") or "cpu"
     base, _, budget = name.partition("@")
     if base not in PROFILES:
         raise ValueError(f"there is no profile {base!r}; choose one of {', '.join(PROFILES)}.")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,6 +37,9 @@ RECIPES = (  # what a draft may learn from: a divergence, and whose text
     ("forward-kl", "draft"), ("neg-log-alpha", "draft"), ("neg-log-alpha", "target"), ("forward-kl", "data+target"),
     ("neg-log-alpha", "data+target"),
 )  # fmt: skip
+_KERNELS = [Path(__file__).with_name(name).read_text() for name in ("native.cpp", "native.cu", "sampling.cu", "draft.cu")]
+_PYTHON = source_key("sampling", "model", "passes", "native", "compiled", "cuda", "inference", "drafting", "engine")
+DECODING = hashlib.sha256("".join((_PYTHON, *_KERNELS)).encode()).hexdigest()[:12]  # what decodes, and so decides a speed
 TRAINING_SHARE = 0.75  # of the minutes that are left once the text is ready; the rest is compiling and measuring
 
 
@@ -51,8 +55,10 @@ def reproduce(
     """
     if minutes is not None and tokens is not None:
         raise ValueError("give a budget of --minutes or of --tokens, not both.")
-    if source is not None and not source.startswith("text:"):
+    if source is not None and not (source.startswith("text:") and source.strip() != "text:"):
         raise ValueError(f"the source is {source!r}; write text:PATH, or leave it out for the profile's own.")
+    if "@" in name and not (minutes is tokens is source is None):
+        raise ValueError(f"the profile {name!r} names its budget and text already; give that, or --minutes, --tokens and --data.")
     if tokens is not None:
         count(tokens)
     if "small" not in drafts or not set(drafts) <= set(ROLES[1:]):
@@ -61,7 +67,7 @@ def reproduce(
     began = time.monotonic()
     base = name.partition("@")[0]
     path = source.removeprefix("text:") if source else ""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = on(device)
     if minutes is not None:
         tokens = budget(base, path, minutes, device, began, say, drafts)
     if tokens is not None or path:
@@ -81,7 +87,7 @@ def reproduce(
     record_distillation(profile, models, histories, data)
     origin = "local text" if path else data.info["config"]["source"]  # where local files lay is nobody's business
     run = {"run": public, "data": {"source": origin, "sha256": data.sha256, "tokens": len(data.train)},
-           "fingerprints": {name: fingerprint(model) for name, model in models.items()}}  # fmt: skip
+           "fingerprints": {name: fingerprint(model) for name, model in models.items()}, "sources": DECODING}  # fmt: skip
     if is_done(profile, "roofline", run):
         say("roofline: done before")
     else:
@@ -105,6 +111,17 @@ def reproduce(
     return name
 
 
+def on(device: str | torch.device | None) -> str | torch.device:
+    """That device if it is there, and if none is named the GPU where there is one."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"the device {str(device)!r} is not here; choose cpu, or cuda where there is one.") from error
+    return device
+
+
 # ---- the budget
 
 
@@ -114,7 +131,7 @@ def budget(
 ) -> str:  # fmt: skip
     """How many tokens the target can read so that all trainings together fit, as "312M". Remembered, because a run that
     is taken up again has to find the schedules that it began with."""
-    if not minutes > 0:
+    if not 0 < minutes < float("inf"):
         raise ValueError(f"{minutes} minutes are no budget; give more than 0.")
     plan = build_dir() / base / "plan.json"
     request = {"minutes": minutes, "source": path, "drafts": list(drafts), "machine": report.machine(), "device": str(device)}
@@ -244,7 +261,8 @@ def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_wi
 
     lines = [line("as trained", load_or_train(profile, role, device=device)[0], 0.0)]
     for kind, text in RECIPES:
-        draft, history = load_or_distill(profile, kind, role=role, texts=text, device=device)
+        whose = None if kind == "cross-entropy" else text  # the control reads the data in any case
+        draft, history = load_or_distill(profile, kind, role=role, texts=whose, device=device)
         lines.append(line("control" if kind == "cross-entropy" else f"{kind} on {text}", draft, history.seconds))
     params = {"iterations": profile.distillation.iterations, "tokens": profile.distillation.tokens, "n_windows": n_windows}
     report.record(profile.name, "recipes", params=params, values={"recipes": lines}, rows=lines)
@@ -291,7 +309,7 @@ def measure_again(
 
     They are kept together as long as weights, settings, k, code and machine are the same.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = on(device)
     notebooks_ran = (report.results_dir() / profile.name / "benchmark_distilled.json").exists()
     headline = report.load(profile.name, "benchmark_distilled" if notebooks_ran else "benchmark")["values"]
     models = {"target": load_or_train(profile, "target", device=device)[0], "small": load_or_train(profile, "small", device=device)[0],
@@ -304,9 +322,9 @@ def measure_again(
     target, drafters, _ = bench.equip(models, profile.bench, data)
     params = asdict(profile.bench) | {
         "decoded_in": str(target.dtype).removeprefix("torch."),
+        "prompts": hashlib.sha256(repr(bench.split_prompts(data, profile.bench).fresh).encode()).hexdigest()[:12],
         "picked": picked, "fingerprints": {name: fingerprint(model) for name, model in models.items()},
-        "sources": source_key("sampling", "model", "passes", "native", "compiled", "inference", "drafting", "engine"),
-        "native": native.library_path().stem,
+        "sources": DECODING, "native": native.library_path().stem,
     }  # fmt: skip
     rows = report.load_rows(profile.name, "runs") if is_done(profile, "runs", params) else []
     number = 1 + max((int(row["run"]) for row in rows), default=0)

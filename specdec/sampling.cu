@@ -269,7 +269,7 @@ specdec_decide(const int64* drafted, const float* q, const float* p, const doubl
       float uncovered = 0;
       UNROLL for (int b = 0; b < Heard::B; b++) uncovered += heard.one[b];
       uncovered = of_warp(uncovered, Plus());
-      const float refused = uncovered + 1 - scales[r];
+      const float refused = uncovered + (1 - scales[r]);
       if (lane() == 0) coins[r - 1] = refused > 0 ? uncovered / refused : 1;
     }
     if (threadIdx.x == 0 && k) coins[k - 1] = scales[k];

@@ -26,9 +26,9 @@ class Sampling:
         if not self.temperature >= 0 or self.temperature == float("inf"):
             raise ValueError(f"temperature is {self.temperature}; give a finite number of at least 0 (0 is greedy).")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; give at least 1, or None to keep every token.")
+            raise ValueError(f"top_k is {self.top_k}; give at least 1, or leave it out to keep every token.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a number in (0, 1], or None to keep every token.")
+            raise ValueError(f"top_p is {self.top_p}; give a number in (0, 1], or leave it out to keep every token.")
 
     @property
     def filters(self) -> bool:
@@ -73,7 +73,8 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             ranked, order = torch.sort(probs, dim=-1, descending=True, stable=True)
             before = ranked.cumsum(-1) - ranked  # mass of the more probable tokens
-            probs = torch.zeros_like(probs).scatter_(-1, order, ranked * (before < self.top_p))
+            kept = before < max(self.top_p, torch.finfo(probs.dtype).tiny)  # the first one always
+            probs = torch.zeros_like(probs).scatter_(-1, order, ranked * kept)
             probs = probs / probs.sum(-1, keepdim=True)
         return probs
 
@@ -190,7 +191,7 @@ def block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, randomness
         weights.append((weights[-1] * ratio).clamp(max=1))
     weights = torch.stack(weights)  # (k+1,) P₀ … P_k
     uncovered = (weights[1:k, None] * target_probs[1:k] - draft_probs[1:]).clamp_(min=0).sum(-1)  # (k−1,)
-    refused = uncovered + 1 - weights[1:k]
+    refused = uncovered + (1 - weights[1:k])  # in this order, or a coin that cannot fall badly would by rounding
     coins = torch.where(refused > 0, uncovered / refused, 1.0)  # (k−1,) h₁ … h_{k−1}; the last one is P_k
     passed = randomness.flips(torch.cat([coins, weights[k:]])[:k])  # (k,)
     accepted = torch.cat([passed.new_zeros(1), passed]).long().mul(torch.arange(k + 1, device=passed.device)).amax()

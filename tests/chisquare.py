@@ -4,7 +4,7 @@ Rare outcomes share cells, and what moves inside a cell cannot be seen. So the s
 rare ones in other cells: what is to pass unseen has to balance in the cells of both partitions.
 
 The statistic's first three cumulants are those of the counts themselves, not of the χ² distribution that they tend to:
-cells of expectation 5 raise the variance and the skewness, and at one in a hundred million that matters.
+cells of expectation 5 raise the variance and the skewness, and that far out it matters.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ALARM = 1e-8  # probability that one test raises a false alarm; a run makes fewer than a hundred
+ALARM = 5e-9  # probability that one test raises a false alarm; a run makes fewer than two hundred
 LEAST = 5.0  # smallest expectation of a cell
 
 

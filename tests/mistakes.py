@@ -69,6 +69,12 @@ def block_plain_residual(drafted, q, p, randomness):
     return n, following if n == len(drafted) else randomness.choose(residual(p[n], q[n]))
 
 
+def bonus_by_argmax(drafted, q, p, randomness):
+    """Where all drafts stay, the token after them is the most probable one instead of a drawn one."""
+    n, following = token_wise(drafted, q, p, randomness)
+    return n, torch.where(torch.as_tensor(n) == len(drafted), p[-1].argmax(-1, keepdim=True), following)
+
+
 # Drafters
 
 
@@ -216,4 +222,5 @@ MISTAKES = {
     "the residual forgotten": Mistake(residual_forgotten),
     "ratio with another q": Mistake(another_q),
     "rows of p one position late": Mistake(one_row_late),
+    "the bonus by argmax": Mistake(bonus_by_argmax),
 }

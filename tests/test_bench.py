@@ -9,7 +9,7 @@ from specdec import bench, prediction, theory
 from specdec.data import held_out_prompts
 from specdec.drafting import DraftModel, frequent_ids
 from specdec.engine import Round, Trace, generate, speculate
-from specdec.profiles import BenchConfig
+from specdec.profiles import PROFILES, BenchConfig
 from specdec.sampling import Randomness, Sampling
 
 CONFIG = BenchConfig(n_prompts=2, prompt_tokens=2, new_tokens=8, ks=(1, 2), n_sweep_prompts=1)
@@ -52,6 +52,31 @@ def test_the_interval_holds_the_value_and_shrinks_with_prompts():
         return ratio["ci95"][1] - ratio["ci95"][0]
 
     assert width(200) < width(10)
+
+
+def test_documents_are_drawn_anew_where_rows_name_them():
+    """Ten prompts of five documents, all of one document alike: as sure as five, not as ten."""
+    seconds = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0]
+    table = rows(new=[(s, 10) for s in seconds], old=[(2.0, 10)] * 10)
+    named = [row | {"document": 7 + row["prompt"] // 2} for row in table]
+    once = rows(new=[(s, 10) for s in seconds[::2]], old=[(2.0, 10)] * 5)
+    alone, apart, few = (bench.speed_ratio(t, "new", "old") for t in (table, named, once))
+    assert alone["value"] == apart["value"] == few["value"] and apart["ci95"] == few["ci95"]
+    assert apart["ci95"][0] < alone["ci95"][0] and apart["ci95"][1] > alone["ci95"][1]
+    four = [row | {"document": row["prompt"] // 3} for row in table]
+    assert bench.speed_ratio(four, "new", "old") == alone  # too few to draw from
+    counts = [row | {"accepted": row["seconds"], "examined": 5} for row in named]
+    assert bench.acceptance(counts, "new")["value"] == 0.6
+    unequal = [row | {"document": min(row["prompt"], 5)} for row in counts]  # a document's prompts count together
+    assert bench.acceptance(unequal, "new")["value"] == 0.6
+
+
+def test_rows_say_where_a_prompt_is_from(toy_data):
+    prompts = bench.split_prompts(toy_data, replace(CONFIG, n_prompts=3)).fresh
+    table = bench.measure({"A": lambda prompt, randomness, trace: None}, [*prompts, [1, 2]], seed=0)
+    assert [row["document"] for row in table] == [*(p.document for p in prompts), 3]
+    both = [row | {"arm": f"A beside {name}"} for row in table for name in "xy"]
+    assert [(row["prompt"], row["document"]) for row in bench.together(both, "A")] == [(r["prompt"], r["document"]) for r in table]
 
 
 def test_every_arm_runs_every_prompt_in_rotated_order():
@@ -146,7 +171,7 @@ def test_a_text_whose_processor_was_taken_away_is_run_again(monkeypatch, stolen,
     ticks, ran = iter(stolen), []
     monkeypatch.setattr(bench, "stolen", lambda: next(ticks))
     rows = bench.measure({"A": lambda prompt, randomness, trace: ran.append(prompt)}, [[1]], seed=0, warmup=0)
-    assert len(ran) == runs and len(rows) == 1
+    assert len(ran) == runs and [row["runs"] for row in rows] == [runs]
 
 
 def test_where_processors_are_always_taken_away_few_texts_are_run_again(monkeypatch):
@@ -172,6 +197,16 @@ def test_no_prompt_is_in_two_lists(toy_data):
         places = [every.index(tuple(p)) for p in these]
         assert min(places) < 4 and max(places) >= 5
     assert bench.split_prompts(toy_data, CONFIG).untimed == []
+
+
+@pytest.mark.parametrize("profile", ["cpu", "seed"])
+def test_every_list_reaches_over_all_of_the_text(toy_data, profile):
+    config = replace(PROFILES[profile].bench, prompt_tokens=4)
+    places = {tuple(p): i for i, p in enumerate(held_out_prompts(toy_data, 1000 - 3, 4))}
+    for these in bench.split_prompts(toy_data, config):
+        mine = sorted(places[tuple(p)] for p in these)
+        gaps = [b - a for a, b in zip([0, *mine], [*mine, 996])]
+        assert max(gaps) < 3 * 997 / (len(these) + 1) + 60, (len(these), gaps)
 
 
 def test_texts_that_are_not_timed_count_in_the_choice_of_k(toy_data, monkeypatch):

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from conftest import make_model
 
@@ -18,7 +21,7 @@ def build(tmp_path_factory):
     ("arguments", "sentence"),
     [
         (["generate", "--prompt", "a", "--profile", "huge"], "there is no profile 'huge'"),
-        (["generate", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--prompt", "a", "--profile", ""], "there is no profile ''"),
         (["generate", "--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["generate", "--prompt", "a", "--top-p", "0"], "top_p is 0"),
         (["generate", "--prompt", "a", "--k", "0"], "k is 0"),
@@ -47,6 +50,17 @@ def test_bad_input_ends_with_a_sentence_and_status_2(arguments, sentence, capsys
         (["export", "--out", "."], "already; delete it or name another folder"),
         (["bench", "--json", "/nonexistent/x.json"], "cannot be written; name a file in a folder that is there"),
         (["bench", "--json", "."], "cannot be written"),
+        (["bench", "--prompts", "3"], "give it too, or leave them out"),
+        (["bench", "--peers", "--prompts", "0"], "give at least 1"),
+        (["bench", "--again", "--json", "x.json"], "write into results/ by themselves"),
+        (["generate", "--prompt", "a " * 200], "shorten the prompt"),
+        (["train", "--model", "nope"], "no model 'nope'; choose target, small, medium, distilled"),
+        (["train", "--model", "small", "--distill-loss", "forward-kl"], "give --model distilled"),
+        (["train", "--model", "distilled", "--distill-texts", "nope"], "no text 'nope'"),
+        (["reproduce", "--data", "text:"], "write text:PATH"),
+        (["reproduce", "--profile", "ci@20k", "--tokens", "10k"], "names its budget"),
+        (["reproduce", "--device", "nope"], "the device 'nope' is not here"),
+        (["reproduce", "--minutes", "inf"], "are no budget"),
     ],
 )
 def test_what_can_be_refused_at_once_is(arguments, sentence, capsys, monkeypatch):
@@ -93,6 +107,22 @@ def test_generate_is_repeatable_and_reports(capsys):
     assert texts[0] == texts[1] and texts[0].startswith("The people")
     assert main(["generate", "--prompt", "The people", "--max-new-tokens", "5", "--no-draft"]) == 0
     assert "tokens per round" not in capsys.readouterr().err
+
+
+def test_an_empty_prompt_begins_a_new_text(capsys):
+    assert main(["generate", "--prompt", "", "--max-new-tokens", "4", "--seed", "1", "--no-draft", "--k", "0"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_whoever_stops_reading_or_waiting_gets_no_traceback(monkeypatch, capfd):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_or_train", pressed)
+    assert main(["train"]) == 130 and "goes on from there" in capfd.readouterr().err
+    script = "import sys; from specdec.__main__ import main; sys.exit(main(['generate', '--prompt', 'a ' * 9, '--max-new-tokens', '90']))"
+    done = subprocess.run(f"{sys.executable} -c \"{script}\" | head -c 1", shell=True, capture_output=True, text=True)
+    assert done.stdout == "a" and "Traceback" not in done.stderr
 
 
 def test_train_says_what_it_did(capsys):

@@ -227,6 +227,27 @@ def test_control_and_distillation_differ_in_the_loss_alone(profile, monkeypatch)
     assert torch.equal(again.head.weight, distilled.head.weight) and same.rows == history.rows
 
 
+@pytest.mark.parametrize("texts, divergence", [("data+target", "forward-kl"), ("data", "neg-log-alpha")])
+def test_control_is_split_as_the_distillation_is(profile, monkeypatch, texts, divergence):
+    """A training begun anew forgets what its optimizer knew, and goes through the data from the start."""
+    seen, original = {"cross-entropy": [], "distilled": []}, loop.train
+    two = replace(profile, distillation=replace(SCHEDULE, phases=SCHEDULE.phases * 2), texts=texts, divergence=divergence)
+    for role in two.models:
+        load_or_train(two, role)
+    for kind, trainings in seen.items():
+        def recorded(model, data, schedule, *, loss, trainings=trainings, **options):
+            trainings.append(ids := [])
+            watched = lambda model, i, targets: (ids.append(i), loss(model, i, targets))[1]  # noqa: E731
+            return original(model, data, schedule, loss=watched, **options)
+
+        monkeypatch.setattr(loop, "train", recorded)
+        load_or_distill(two, None if kind == "distilled" else kind)
+    control, distilled = seen.values()
+    assert [len(ids) for ids in control] == [len(ids) for ids in distilled] == [6, 6]
+    assert all(map(torch.equal, control[0], distilled[0]))
+    assert all(map(torch.equal, control[1], distilled[1])) == (texts == "data")
+
+
 def test_forward_kl_goes_first():
     two = replace(SCHEDULE, phases=(SCHEDULE.phases[0], replace(SCHEDULE.phases[0], iterations=4)))
     assert [(kind, s.iterations) for kind, s in stages_of(two, "neg-log-alpha")] == [("forward-kl", 6), ("neg-log-alpha", 4)]

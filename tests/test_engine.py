@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from specdec.drafting import DraftModel, PromptLookup
 from specdec.engine import Trace, generate, speculate
-from specdec.sampling import RULES, Randomness, Sampling
+from specdec.inference import ready_rule
+from specdec.sampling import RULES, Randomness, Sampling, token_wise
 
 GREEDY = Sampling(0)
 
@@ -137,12 +138,37 @@ def bad_calls(target, draft):
     yield "k is 0", [1], good | {"k": 0}
     yield "max_new_tokens", [1], good | {"max_new_tokens": -1}
     yield "use one tokenizer", [1], good | {"drafter": DraftModel(other)}
+    for prompt in ("The people", [1.7], ["1"]):
+        yield "no list of ids", prompt, good
 
 
 def test_bad_input_gets_a_sentence(pair):
     for message, prompt, options in bad_calls(*pair):
         with pytest.raises(ValueError, match=message):
             list(speculate(pair[0], prompt, **options))
+
+
+BAD_PROPOSALS = {
+    "fewer tokens than rows": lambda tokens, probs: (tokens[:1], probs),
+    "fewer rows than tokens": lambda tokens, probs: (tokens, probs[:1]),
+    "more than was asked for": lambda tokens, probs: (tokens.repeat(2), probs.repeat(2, 1)),
+    "rows over other ids": lambda tokens, probs: (tokens, probs[:, :4]),
+    "one row for all": lambda tokens, probs: (tokens, probs[0]),
+    "tokens in a row": lambda tokens, probs: (tokens[:, None], probs),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROPOSALS)
+@pytest.mark.parametrize("rule", [token_wise, ready_rule(token_wise, "compiled")])
+def test_a_proposal_of_the_wrong_shape_is_refused(pair, name, rule):
+    """Judged all the same it would bend the law, or have rows read that are not there."""
+
+    class Careless(DraftModel):
+        def propose(self, *asked):
+            return BAD_PROPOSALS[name](*super().propose(*asked))
+
+    with pytest.raises(ValueError, match="the drafter was asked for at most 2 tokens and proposed"):
+        list(speculate(pair[0], [1, 2], drafter=Careless(pair[1]), k=2, max_new_tokens=8, rule=rule))
 
 
 @pytest.mark.parametrize("culprit", ["target", "draft model"])

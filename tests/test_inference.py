@@ -15,7 +15,7 @@ from specdec.model import Transformer
 from specdec.native import MOST, PanelLinear
 from specdec.passes import EXACT_ROWS, Captured, CapturedShapes, FixedShapes
 from specdec.profiles import get_profile
-from specdec.sampling import RULES, Randomness, Sampling, token_wise
+from specdec.sampling import RULES, Numbers, Randomness, Sampling, token_wise
 
 
 def texts(target, drafter, seeds=range(8), prompt=(1, 0, 2), n=11, k=3, **options):
@@ -257,6 +257,52 @@ def test_compiled_steps_draw_the_same_tokens(sampling):
                 c.truncate(c.length - len(ids) * (seed < 4))
 
 
+EDGES = [0, 1, 255, 256, 257, 511, 512, 640, 699]  # ids at both ends of the parts in which compiled passes choose
+
+
+def number_of(weights, i):
+    """The uniform number in the middle of what belongs to index i of ``weights``."""
+    cdf = weights.double().cumsum(-1)
+    return float((cdf[i] - weights[i].double() / 2) / cdf[-1])
+
+
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize("sampling", SAMPLINGS[:1], ids=str)
+def test_compiled_steps_draw_every_id_of_a_large_vocabulary(sampling):
+    model = make_model(scale=1.0, vocab_size=704, n_ids=700, **SHAPE)
+    plain, fast = ready(model, torch.float64), ready(model, torch.float64, "compiled")
+    ids = torch.tensor([[1, 650, 2]])
+    q = next_probs(plain, ids, plain.new_cache(), sampling)[-1]
+    for i in EDGES:
+        chance = Numbers(torch.tensor([number_of(q, i)], dtype=torch.float64))
+        token, probs = draw_next(fast, ids, fast.new_cache(), sampling, chance)
+        assert token.tolist() == [i] and probs.shape == (1, 700)
+
+
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_compiled_rule_lets_every_id_of_a_large_vocabulary_follow(dtype, rule):
+    """After a refusal those that the residual holds, and as the bonus all."""
+    plain, fast = RULES[rule], ready_rule(RULES[rule], "compiled")
+    generator = torch.Generator().manual_seed(3)
+    p = torch.rand(3, 700, dtype=dtype, generator=generator).softmax(-1)
+    q = torch.full((2, 700), 1 / 700, dtype=dtype)
+    q[:, EDGES] /= 2  # so that the residual holds these
+    q /= q.sum(-1, keepdim=True)
+    drafted = (p[:2] - q).argmin(-1)  # less likely than q says, or they could not be refused
+    rest = (p[0] - q[0]).clamp(min=0)
+    assert all(rest[EDGES] > 0)
+    for coin, weights, accepted in ((1 - 2**-53, rest, 0), (0.0, p[2], 2)):
+        for i in EDGES:
+            numbers = torch.tensor([coin, coin, number_of(weights, i)], dtype=torch.float64)
+            for decide in (fast, plain):
+                kept, following = decide(drafted, q, p, Numbers(numbers.clone()))
+                assert (int(kept), int(following)) == (accepted, i)
+
+
 @needs_compiler
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rule", RULES)
@@ -362,6 +408,9 @@ def test_a_compiled_rule_decides_the_same(dtype, rule):
         assert [int(x) for x in fast(*mixed, Randomness(seed))] == [int(x) for x in rule(*mixed, Randomness(seed))]
     with pytest.raises(IndexError):
         fast(torch.tensor([5]), q[:1], p[:2], Randomness(0))
+    for drafted, rows in ((torch.tensor([1]), p[:3]), (torch.tensor([1, 2]), p[:2]), (torch.tensor([1, 2]), p[:3, :4])):
+        with pytest.raises(ValueError, match="cannot be judged"):
+            fast(drafted, q[:2], rows, Randomness(0))
 
     def another(*_): ...
 

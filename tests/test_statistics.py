@@ -1,6 +1,6 @@
 """The proof by counting, where nothing can be enumerated: 50,304 ids, and the trained pair.
 
-Every χ² raises a false alarm with probability 1e-8, all of a run together with less than one in a million, and each
+Every χ² raises a false alarm with probability 5e-9, all of a run together with less than one in a million, and each
 says which total variation between its cells it would have caught with probability .99. Everything is counted in two
 partitions, since what moves inside a cell is not seen. Generators are fixed: every run is the same.
 """
@@ -70,16 +70,18 @@ def classes(p, regrouped=False):
 
 
 def examine(text, p):
-    """{name: (test, z)} of the first two positions, and of both together, which sees what the single ones cannot.
+    """{name: (test, z)} of every position, the bonus of a full round last, and of the first two and the last two together, which
+    see what the single ones cannot.
 
     In both partitions: to pass, a wrong law has to balance in the shared cells of one and of the other.
     """
-    n, found = len(text), {}
+    (n, last), found = (len(text), text.shape[1] - 1), {}
     for partition, regrouped in PARTITIONS.items():
-        laws = {f"position {i + 1}": (p[i], text[:, i].bincount(minlength=p.shape[1])) for i in (0, 1)}
-        (a, mass_a), (b, mass_b) = classes(p[0], regrouped), classes(p[1], regrouped)
-        joint = (a[text[:, 0]] * CLASSES + b[text[:, 1]]).bincount(minlength=CLASSES**2)
-        laws["both positions"] = torch.outer(mass_a, mass_b).flatten(), joint
+        laws = {f"position {i + 1}": (p[i], text[:, i].bincount(minlength=p.shape[1])) for i in range(last + 1)}
+        for i, j in ((0, 1), (last - 1, last)):
+            (a, mass_a), (b, mass_b) = classes(p[i], regrouped), classes(p[j], regrouped)
+            joint = (a[text[:, i]] * CLASSES + b[text[:, j]]).bincount(minlength=CLASSES**2)
+            laws[f"positions {i + 1} and {j + 1}"] = torch.outer(mass_a, mass_b).flatten(), joint
         for name, (law, counts) in laws.items():
             test = ChiSquare.of(law, n, regrouped)
             found[name + partition] = test, test.z(counts)
@@ -126,6 +128,7 @@ LARGE = {
     "the same uniform for every position": mistakes.one_uniform,
     "rows of p one position late": mistakes.one_row_late,
     "block: stop at the first refusal": mistakes.block_until_first_refusal,
+    "the bonus by argmax": mistakes.bonus_by_argmax,
 }
 PLAIN = "block: residual without its weight"
 NOTICED = 1e-4  # total variation by which a mistake shows where the law is exact
