@@ -7,7 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
-from .report import HEADLINE, ROOT, fresh_acceptance, load, load_rows, mistakes_of, results_dir, write_text
+from .report import HEADLINE, ROOT, fresh_acceptance, kinds_of, load, load_rows, mistakes_of, results_dir, write_text
 
 PROFILES = {"cpu": "`cpu` profile, two CPU cores", "seed": "`seed` profile, the seed's sizes"}
 
@@ -44,11 +44,12 @@ def headline() -> str:
         for draft, key in (("as trained", "speedup"), ("distilled", "speedup_distilled")):
             cells = h[key]["T0"], h[key]["T1"], h[f"{key}_block"]["T1"]
             lines.append(f"| `{profile}`, {h['provenance']['machine'].split(', ')[-1]} | {draft} | {' | '.join(map(_bold, cells))} |")
+            lines += _in_other_processes(profile, "small" if key == "speedup" else "small distilled")
         cells, (a, b, c) = _cells(profile), (h["tokens_per_second"][arm] or 0 for arm in "ABC")
         asides.append(
-            f"- `{profile}`{_sizes(profile)}: at T = 1 the target alone writes {a:,.0f} tokens a second, the draft as trained alone {b:,.0f}, both together "
-            f"{c:,.0f}. The target against itself, A ÷ A, is {_interval(h['aa']['T0'], 3)} at T = 0 and {_interval(h['aa']['T1'], 3)} at "
-            f"T = 1. Speculation loses in {sum(cell['speedup'] < 1 for cell in cells)} of {len(cells)} cells of drafter, T and k."
+            f"- `{profile}`{_sizes(profile)}: at T = 1 the target alone writes {a:,.0f} tokens a second, the draft as trained alone "
+            f"{b:,.0f}, both together {c:,.0f}. The target against itself, A ÷ A, is {_interval(h['aa']['T0'], 3)} at "
+            f"T = 0 and {_interval(h['aa']['T1'], 3)} at T = 1. Speculation loses in {sum(cell['speedup'] < 1 for cell in cells)} of {len(cells)} cells of drafter, T and k."
             + _again(profile)
         )
     head = ["| models, machine | small draft | C ÷ A, T = 0 | C ÷ A, T = 1 | the same, judged as a block |", "|---" * 5 + "|"]
@@ -64,10 +65,11 @@ def numbers() -> str:
         if h is None:
             parts.append("Not measured yet.\n")
             continue
-        parts += [_origin(profile), _headline_tables(h, _data_type(profile)), _caveat(profile)]
+        parts += [_origin(profile), _recipe(profile), _headline_tables(h, profile), _caveat(profile)]
         picture = _picture(profile, "speedup_by_k") or _picture(profile, _experiment(profile))
         parts.append(f"{picture}\n\nPoints: the sweep over k, with its intervals; pale and dashed: predicted.\n" if picture else "")
-        parts += [table(profile) for table in (_other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table)]
+        tables = _other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table
+        parts += [table(profile) for table in tables]
         parts += [_losing_cells(profile), _losing_cells(profile, "benchmark_second_machine", " on the second machine")]
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
@@ -77,10 +79,11 @@ def lossless(profile: str = "cpu") -> str:
     table = _proof(profile)
     if not table:
         return "Not recorded yet: `make proof` does it.\n"
-    checks, controls = ([r for r in table if r["kind"] == kind] for kind in ("check", "control"))
+    checks, of_tests, controls = kinds_of(table)
     failed, passed = sum(r["figure"] > r["bound"] for r in checks), sum(r["figure"] <= r["bound"] for r in controls)
     return (
-        f"`make proof` found {failed or 'none'} of {len(checks)} figures outside its bound. "
+        f"`make proof` found {failed or 'none'} of {len(checks)} figures outside its bound ({len(of_tests)} more say how sharp its "
+        "counting is). "
         f"{len(mistakes_of(controls))} deliberate mistakes were run through the same checks, some of them in several places, and beside "
         f"them targets that are off by what a test claims to see: of these {len(controls)} controls {passed or 'none'} passed unnoticed.\n"
     )
@@ -98,16 +101,19 @@ def _proof_tables(profile: str = "cpu") -> str:
     table = _proof(profile)
     if not table:
         return lossless(profile)
-    checks, controls = ([r for r in table if r["kind"] == kind] for kind in ("check", "control"))
-    lines = ["| what was compared | figures | largest | bound | looked at |", "|---" * 5 + "|"]
-    for what in dict.fromkeys(r["what"] for r in checks):
-        mine = [r for r in checks if r["what"] == what]
-        worst, n = max(mine, key=lambda r: r["figure"] - r["bound"]), sum(r["n"] or 0 for r in mine)
-        count = f"{n:,}" if n else ""
-        lines.append(f"| {what} | {len(mine)} | {_short(worst['figure'])} | {_short(worst['bound'])} | {count} |")
+    checks, of_tests, controls = kinds_of(table)
+    lines = []
+    for head, some in (("what was compared", checks), ("how sharp the counting is", of_tests)):
+        lines += [f"| {head} | figures | largest | bound | looked at |", "|---" * 5 + "|"]
+        for what in dict.fromkeys(r["what"] for r in some):
+            mine = [r for r in some if r["what"] == what]
+            worst, n = max(mine, key=lambda r: r["figure"] - r["bound"]), sum(r["n"] or 0 for r in mine)
+            count = f"{n:,}" if n else ""
+            lines.append(f"| {what} | {len(mine)} | {_short(worst['figure'])} | {_short(worst['bound'])} | {count} |")
+        lines.append("")
     mistakes = ["| deliberate mistake | rejected by | figure | bound |", "|---" * 4 + "|"]
     mistakes += [f"| {r['name']} | {r['what']} | {_short(r['figure'])} | {_short(r['bound'])} |" for r in controls]
-    return "\n".join([*lines, "", *_folded(f"{len(controls)} controls, and the figure that rejected each", mistakes)])
+    return "\n".join([*lines, *_folded(f"{len(controls)} controls, and the figure that rejected each", mistakes)])
 
 
 def _folded(title: str, table: list[str]) -> list[str]:
@@ -173,16 +179,25 @@ def _other_run(profile: str) -> str:
     )
 
 
+def _in_other_processes(profile: str, draft: str) -> list[str]:
+    """A line of the headline's table: the same cells, measured by other processes; none where there were none."""
+    cells = []
+    for temperature, rule in ((0, "token-wise"), (1, "token-wise"), (1, "block")):
+        found = [row["speedup"] for row in load_rows(profile, "runs")
+                 if (row["draft"], row["temperature"], row["rule"]) == (draft, temperature, rule)]  # fmt: skip
+        cells.append(f"{statistics.median(found):.2f}× ({min(found):.2f} – {max(found):.2f})" if found else "—")
+    runs = len({row["run"] for row in load_rows(profile, "runs")})
+    return [f"| | in {runs} more processes{_where(profile)}: median (range) | {' | '.join(cells)} |"] if runs else []
+
+
 def _again(profile: str) -> str:
-    """The headline's last cell by other processes."""
-    found = [row for row in load_rows(profile, "runs") if (row["draft"], row["rule"]) == ("small distilled", "block")]
-    if not found:
+    """How fast the target alone was in them."""
+    alone = [row["target_alone"] for row in load_rows(profile, "runs")]
+    if not alone:
         return ""
-    alone, speedups = ([row[key] for row in found] for key in ("target_alone", "speedup"))
     return (
-        f" Measured again by {len(found)} other processes{_where(profile)}, the distilled draft judged as a block was "
-        f"{min(speedups):.2f} to {max(speedups):.2f} times as fast as the target alone, which wrote "
-        f"{min(alone):.0f} to {max(alone):.0f} tokens a second."
+        f" In the further processes the target alone wrote {min(alone):.0f} to {max(alone):.0f}, as memory allowed at the time; the "
+        "more it wrote, the less there was to gain, which the intervals do not know and the ranges do."
     )
 
 
@@ -248,16 +263,43 @@ def _origin(profile: str) -> str:
         tokens = training["params"][role]["tokens"]
         lines.append(f"| {role} | {v['weights'] / 1e6:.1f}M | {tokens / 1e6:.1f}M | {v['seconds']:.0f} | {v['flops'] / 1e12:.0f} "
                      f"| {v['validation_loss']:.3f} |")  # fmt: skip
-    distilled = (_finished(profile, "distillation") or {"params": {}})["params"]
-    if distilled.get("texts") == "data+target":
-        lines += ["", f"A distilled draft read {distilled['tokens'] / 1e6:.1f}M tokens more, in its last phase "
-                  f"({distilled.get('divergence', 'forward-kl')}) also what the target itself writes at both temperatures "
-                  f"({distilled['own_text'] / 1e6:.1f}M tokens of it); the control as many of the data's."]  # fmt: skip
     if _experiment(profile) != "benchmark":
         n, weights = measured["params"]["n_prompts"], measured["params"].get("weights")
         lines += ["", f"The same models{f', their weights {weights}' if weights else ''}, **measured on two CPU cores** with {n} "
                   "held-out prompts (on the GPU itself C ÷ A is not measured yet):"]  # fmt: skip
     return "\n".join([*lines, ""])
+
+
+def _recipe(profile: str) -> str:
+    """What the distilled drafts and the control learned from; empty if nothing was distilled."""
+    params = (_finished(profile, "distillation") or {"params": {}})["params"]
+    if "iterations" not in params:
+        return ""
+    kind, own = params.get("divergence") or params.get("kind"), params.get("texts") == "data+target"
+    amount = f"{params['iterations']:,} steps" + (f", {params['tokens'] / 1e6:.1f}M tokens," if "tokens" in params else "")
+    of_it = f" ({params['own_text'] / 1e6:.1f}M tokens of it)" if "own_text" in params else ""
+    last = f"{kind} on half data and half what the target itself writes at both temperatures{of_it}" if own else f"{kind} on the data"
+    return (
+        f"A distilled draft took {amount} more: first forward-kl on the data, in its last phase {last}; the control as many with "
+        "cross-entropy on the data.\n"
+    )
+
+
+def _speeds_of_control(profile: str) -> list[str]:
+    """Two lines of the profile's table, where the control ran beside the others."""
+    found = _finished(profile, "benchmark_distilled") or _finished(profile, _experiment(profile)) or {"values": {}}
+    best, as_block = (found["values"].get(key, {}) for key in ("best", "as_block"))
+    if "small control T=1" not in best:
+        return []
+    zero, one, block = ({"value": line["speedup"], "ci95": [line["ci95_low"], line["ci95_high"]], "k": line["k"]} for line in (
+        best["small control T=0"], best["small control T=1"], as_block["small control T=1"]))  # fmt: skip
+    return [f"| speed-up C ÷ A, small control | {_bold(zero)} | {_bold(one)} |",
+            f"| the same, drafts judged as a block | as above: both rules agree | {_bold(block)} |"]  # fmt: skip
+
+
+def _offered(params: dict) -> str:
+    """How many ids the drafts of a benchmark offer; empty if all."""
+    return f"drafts offer the {params['draft_ids']:,} ids that the training text uses most" if params.get("draft_ids") else ""
 
 
 def _commit(origin: dict) -> str:
@@ -312,13 +354,16 @@ def _elsewhere_table(profile: str) -> str:
         n_chosen_on = n_sweep + params.get("n_untimed_prompts", 0)
         how += f", distilled as in `{params['drafts']}.json`" if "drafts" in params else ""
         how += f"; {params['remark']}" if "remark" in params else ""
+        how += f"; {_offered(params)}" if _offered(params) else ""
+        fresh = result["values"].get("prediction", {}).get("fresh")
         lines.append(f"| {how} | {origin['machine']}, {_commit(origin)} | {params['n_prompts']} × {params['new_tokens']}, {n_chosen_on} "
-                     f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(map(_speed, cells))} |")  # fmt: skip
+                     f"| {best['target T=1']['tokens_per_second']:.0f} | {' | '.join(map(_speed, cells))} "
+                     f"| {_errors(fresh) if fresh else '—'} |")  # fmt: skip
     if not lines:
         return ""
     head = ["In other ways or on other machines, C ÷ A of the small draft at temperatures 0 and 1:", "",
             "| passes | machine, commit | texts × tokens, texts to choose k | A, tokens/s | as trained, 0 | 1 | 1, as a block | distilled, 0 | 1 "
-            "| 1, as a block |", "|---" * 10 + "|"]  # fmt: skip
+            "| 1, as a block | prediction for the fresh texts |", "|---" * 11 + "|"]  # fmt: skip
     return "\n".join([*head, *lines, ""])
 
 
@@ -344,18 +389,23 @@ def _accelerator_table(profile: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _headline_tables(h: dict, data_type: str = "") -> str:
+def _errors(found: dict | None) -> str:
+    """An `agreement` in words."""
+    if not found:
+        return "not measured yet"
+    r2 = "—" if found["r2"] is None else f"{found['r2']:.2f}"
+    return f"R² = {r2}, {found['mean_error']:+.0%} on average, {found['within']} of {found['n']} within the interval"
+
+
+def _headline_tables(h: dict, profile: str) -> str:
     def number(value, digits=2):
         return "not measured yet" if value is None else f"{value:.{digits}f}"
 
     def pair(key, show):
         return f"{show(h[key]['T0'])} | {show(h[key]['T1'])}"
 
-    def errors(found):
-        return "not measured yet" if not found else (
-            f"R² = {number(found['r2'])}, {found['mean_error']:+.0%} on average, {found['within']} of {found['n']} within the interval")  # fmt: skip
-
-    seconds, proof = h["tokens_per_second"], h["lossless"]
+    seconds, errors = h["tokens_per_second"], _errors
+    params = (_finished(profile, _experiment(profile)) or {"params": {}})["params"]
     lines = [
         "| | temperature 0 | temperature 1 |",
         "|---|---|---|",
@@ -364,6 +414,7 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         f"| speed-up C ÷ A, small draft distilled | {_bold(h['speedup_distilled']['T0'])} "
         f"| {_bold(h['speedup_distilled']['T1'])} |",
         f"| the same, drafts judged as a block | as above: both rules agree | {_bold(h['speedup_distilled_block']['T1'])} |",
+        *_speeds_of_control(profile),
         f"| α, as trained | {pair('alpha', _interval)} |",
         f"| α, distilled | {pair('alpha_distilled', _interval)} |",
         f"| α, control: equal extra steps of cross-entropy | {pair('alpha_control', _interval)} |",
@@ -375,21 +426,16 @@ def _headline_tables(h: dict, data_type: str = "") -> str:
         f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step, timed beside the sweep over k: "
         f"draft step c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the "
         f"decision o = {number(h['o'], 3)}. (c is of the longest drafts, divided by their k; it need not be A ÷ B, since B draws "
-        "one token a call, and C all drafts of a round, after a verifying pass.)",
+        f"one token a call{', of all ids' if _offered(params) else ''}, and C all drafts of a round, after a verifying pass.)",
         "",
         f"Speed-up predicted from costs and acceptance against measured: in the sweep, which both come from, "
         f"{errors(h['prediction']['sweep'])}; on the fresh prompts, from the acceptance in other texts, {errors(h['prediction']['fresh'])}.",
         "",
     ]
-    if proof["checks"] is not None:
-        lines += [
-            f"Losslessness: {proof['checks']} checks, {proof['failed']} failed; {proof['mistakes']} deliberate mistakes in "
-            f"{proof['controls']} controls, {proof['controls_rejected']} of them rejected.",
-            "",
-        ]
     if h["provenance"]:
         p = h["provenance"]
-        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{data_type}, commit {_commit(p)}.", ""]
+        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{_data_type(profile)}, commit {_commit(p)}."
+                  + (f" The {_offered(params)}." if _offered(params) else ""), ""]
     return "\n".join(lines)
 
 
@@ -418,9 +464,11 @@ def _peers_table(profile: str) -> str:
     cells = {(c["arm"].split(" k=")[0].removesuffix(" static cache"), c["temperature"]): c
              for c in peers["values"]["cells"] if c["part"] == "final"}  # fmt: skip
     ratios, version = peers["values"]["ours_by_theirs"], peers["params"]["transformers"]
+    longest = max(int(c["arm"].partition(" k=")[2] or 0) for c in peers["values"]["cells"] if c["arm"].startswith("transformers"))
     lines = [
-        f"The same weights in transformers {version}, in turns with ours, each side at its best setting "
-        f"({peers['params']['draft']} draft, {peers['provenance']['machine']}, commit {peers['provenance']['commit']}; `make peers`):", "",
+        f"The same weights in transformers {version}, in turns with ours on {peers['params']['n_prompts']} texts, each side at the best "
+        f"of the settings that were tried, up to k = {longest} for them ({peers['params']['draft']} draft, "
+        f"{peers['provenance']['machine']}, commit {peers['provenance']['commit']}; `make peers`):", "",
         "| | temperature | ours, tokens/s | transformers, tokens/s | ours ÷ theirs |", "|---|---|---|---|---|",
     ]  # fmt: skip
     names = {"alone": "target alone", "draft": "with the draft", "lookup": "prompt lookup"}
@@ -446,16 +494,19 @@ def _recipes_table(profile: str) -> str:
 
 def _cells(profile: str, name: str | None = None) -> list[dict]:
     """Every drafter, temperature and k that was measured: in the sweep of that experiment, or in those of the headline; once
-    more at the k picked; and judged as a block."""
-    sweeps = [name] if name else [name := _experiment(profile), "benchmark_distilled"]
-    cells = [c for sweep in sweeps for c in load_rows(profile, f"{sweep}_cells") if isinstance(c.get("k"), float)]
-    values = load(profile, name)["values"] if cells else {}
-    for part, remark in (("best", "once more on fresh prompts"), ("as_block", "judged as a block")):
-        for key, line in values.get(part, {}).items():
-            if "k" in line:
-                draft, temperature = key.split(" T=")
-                cells.append(line | {"draft": f"{draft}, {remark}", "temperature": float(temperature)})
-    return cells
+    more at the k picked; and judged as a block. What two of them measured counts once, as the headline has it."""
+    cells = {}
+    for experiment in [name] if name else [_experiment(profile), "benchmark_distilled"]:
+        sweep = [c for c in load_rows(profile, f"{experiment}_cells") if isinstance(c.get("k"), float)]
+        cells |= {(c["draft"], c["temperature"], c["k"]): c for c in sweep}
+        values = load(profile, experiment)["values"] if sweep else {}
+        for part, remark in (("best", "once more on fresh prompts"), ("as_block", "judged as a block")):
+            for key, line in values.get(part, {}).items():
+                if "k" in line:
+                    draft, temperature = key.split(" T=")
+                    draft, temperature = f"{draft}, {remark}", float(temperature)
+                    cells[draft, temperature] = line | {"draft": draft, "temperature": temperature}
+    return list(cells.values())
 
 
 def _losing_cells(profile: str, name: str | None = None, where: str = "") -> str:

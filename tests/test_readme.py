@@ -1,5 +1,7 @@
 """The README says what is in results/, what is not there yet, and where speculation loses."""
 
+import json
+
 import pytest
 
 from specdec import readme, report
@@ -26,15 +28,19 @@ def test_the_headline_has_every_profile_and_what_to_know_of_it():
     assert "| `seed`, an accelerator | as trained | **2.00×** [1.90, 2.10], k = 4 | **1.50×** [1.90, 2.10], k = 4 | not measured yet |" in text
     assert "a target of 150.0M weights and a draft of 27.1M: at T = 1 the target alone writes 10 tokens a second" in text
     assert "alone 9,000, both together 15." in text and "is 1.010 [1.900, 2.100] at T = 0" in text
-    assert "loses in 1 of 2 cells" in text and "other processes" not in text
-    rows = [{"draft": "small distilled", "rule": "block", "speedup": s, "target_alone": 10 / s} for s in (1.7, 1.9, 1.8)]
-    rows.append({"draft": "small", "rule": "block", "speedup": 1.0, "target_alone": 1.0})
+    assert "loses in 1 of 2 cells" in text and "more processes" not in text
+    rows = [
+        {"run": i, "draft": draft, "temperature": 1.0, "rule": rule, "speedup": s + off, "target_alone": 10 / s}
+        for i, s in enumerate((1.7, 1.9, 1.75)) for draft, rule, off in (("small distilled", "block", 0), ("small", "token-wise", -1))
+    ]  # fmt: skip
     report.record("seed", "runs", params={"decoded_in": "float32"}, values={}, rows=rows)
     where = f"on {report.machine().split(', ')[-1]} with models trained there, in float32"
-    again = "the distilled draft judged as a block was 1.70 to 1.90 times as fast as the target alone, which wrote 5 to 6 tokens a second."
-    assert f"by 3 other processes {where}, {again}" in readme.headline()
+    text = readme.headline()
+    assert f"| | in 3 more processes {where}: median (range) | — | — | 1.75× (1.70 – 1.90) |" in text
+    assert f"| | in 3 more processes {where}: median (range) | — | 0.75× (0.70 – 0.90) | — |" in text
+    assert "In the further processes the target alone wrote 5 to 6" in text
     report.update_headline("seed", origin | {"machine": report.machine()})
-    assert "by 3 other processes, the distilled draft" in readme.headline()
+    assert "| | in 3 more processes: median (range) |" in readme.headline()
 
 
 def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
@@ -51,6 +57,36 @@ def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
     report.record("cpu", "benchmark_second_machine_cells", params={}, values={}, rows=cells[1:])
     report.record("cpu", "benchmark_second_machine", params={"n_prompts": 1, "new_tokens": 2}, values={"best": {"target T=1": {"tokens_per_second": 9}}})
     assert "loses on the second machine: 1 of 1" in readme.numbers() and "loses: 2 of 4" in readme.numbers()
+    again = [cells[1] | {"speedup": 1.1}, {"draft": "small distilled", "temperature": 1.0, "k": 8, "speedup": 0.6}]
+    report.record("cpu", "benchmark_distilled_cells", params={}, values={}, rows=again)  # the headline's: what both measured counts once
+    best = {"lookup T=1": {"k": 2, "speedup": 1.2}, "small distilled T=1": {"k": 8, "speedup": 0.9}}
+    report.record("cpu", "benchmark_distilled", params={}, values={"best": best})
+    assert "loses: 2 of 6" in readme.numbers() and "| small distilled, once more on fresh prompts | 1 | 8 | 0.90× |" in readme.numbers()
+
+
+def test_the_control_and_what_was_learned_have_a_line():
+    report.update_headline("cpu", c=0.1)
+    assert "control |" not in readme.numbers() and "A distilled draft took" not in readme.numbers()
+    line = {"k": 3, "speedup": 1.25, "ci95_low": 1.2, "ci95_high": 1.3}
+    values = {"best": {f"small control T={t}": line for t in (0, 1)}, "as_block": {"small control T=1": line | {"k": 5}}}
+    report.record("cpu", "benchmark", params={"draft_ids": 2048}, values={"best": {}})
+    report.record("cpu", "benchmark_distilled", params={}, values=values)
+    params = {"kind": "neg-log-alpha", "iterations": 400, "texts": "data"}
+    report.record("cpu", "distillation", params=params, values={})
+    block, cell = readme.numbers(), "**1.25×** [1.20, 1.30], k = "
+    assert f"| speed-up C ÷ A, small control | {cell}3 | {cell}3 |" in block and f"both rules agree | {cell}5 |" in block
+    assert "took 400 steps more: first forward-kl on the data, in its last phase neg-log-alpha on the data; the control" in block
+    assert "B draws one token a call, of all ids, and C" in block
+
+
+def test_figures_about_the_tests_do_not_count_as_checks():
+    row = {"name": "x", "figure": 0.5, "bound": 1.0, "n": 3}
+    checks = [row | {"kind": "check", "what": what} for what in ("rounds decided differently", "share that was missed")]
+    report.record_proof("cpu", [*checks, row | {"kind": "control", "what": "rounds decided differently", "figure": 2.0}], params={})
+    assert "none of 1 figures outside its bound (1 more say" in readme.lossless()
+    assert json.loads((report.results_dir() / "cpu" / "headline.json").read_text())["lossless"]["checks"] == 1
+    block = readme.numbers()
+    assert block.index("rounds decided differently") < block.index("| how sharp the counting is |") < block.index("share that was missed")
 
 
 def test_all_drafts_have_a_line():
@@ -89,15 +125,15 @@ def test_the_committed_readme_is_what_results_say(monkeypatch):
 def test_peers_and_recipes_are_shown_once_they_are_recorded():
     report.update_headline("cpu", c=0.1)
     assert "transformers" not in readme.numbers() and "recipe" not in readme.numbers()
-    arms = {"ours alone": 100, "transformers alone static cache": 50, "ours draft k=4": 200, "transformers draft": 40}
+    arms = {"ours alone": 100, "transformers alone static cache": 50, "ours draft k=4": 200, "transformers draft k=16": 40}
     cells = [{"arm": arm, "temperature": 1.0, "part": "final", "tokens_per_second": s} for arm, s in arms.items()]
     ratios = {"alone": {"T1": {"value": 2.0, "ci95": [1.9, 2.1]}}, "draft": {"T1": {"value": 5.0, "ci95": [4.5, 5.5]}}}
-    report.record("cpu", "peers", params={"draft": "distilled", "transformers": "5.0"}, values={"ours_by_theirs": ratios, "cells": cells})
+    report.record("cpu", "peers", params={"draft": "distilled", "transformers": "5.0", "n_prompts": 7}, values={"ours_by_theirs": ratios, "cells": cells})
     report.record("cpu", "recipes", params={}, values={}, rows=[{"recipe": "control", "role": "small", "text, T = 1": 0.5}])
     block = readme.numbers()
     assert "| target alone | 1 | 100 | 50 | 2.00× [1.90, 2.10] |" in block
     assert "| with the draft | 1 | 200 | 40 | 5.00× [4.50, 5.50] |" in block
-    assert "| control | 0.500 |" in block
+    assert "| control | 0.500 |" in block and "on 7 texts, each side at the best of the settings that were tried, up to k = 16 for them" in block
 
 
 def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
@@ -124,12 +160,17 @@ def test_an_unattended_run_tells_what_it_trained_and_where_it_was_measured():
     report.record("seed", "benchmark", params={"unfinished": True}, values={"best": {}})  # cut off
     assert "two CPU cores** with" in readme.numbers() and "In other ways" not in readme.numbers()
     report.record("seed", "benchmark", params={}, values={"best": {}})  # once it is, two cores are no longer the headline
-    params = {"texts": "data+target", "tokens": 6e6, "own_text": 1e6}
+    params = {"texts": "data+target", "tokens": 6e6, "own_text": 1e6, "iterations": 4000, "divergence": "neg-log-alpha"}
     report.record("seed", "distillation", params=params, values={})
     text = readme.numbers()
-    assert "two CPU cores** with" not in text and "read 6.0M tokens more" in text and "(1.0M tokens of it)" in text
+    assert "two CPU cores** with" not in text and "took 4,000 steps, 6.0M tokens, more: first" in text and "(1.0M tokens of it)" in text
     assert "| two CPU cores, distilled as in `distillation_old.json` |" in text
-    assert "| 9 × 5, 2 | 70 | 1.50× [1.40, 1.60] | — | — | — | 1.50× [1.40, 1.60] | 1.50× [1.40, 1.60] |" in text
+    assert "| 9 × 5, 2 | 70 | 1.50× [1.40, 1.60] | — | — | — | 1.50× [1.40, 1.60] | 1.50× [1.40, 1.60] | — |" in text
+    values["prediction"] = {"fresh": {"r2": None, "mean_error": 0.2, "within": 3, "n": 6}}
+    report.record("seed", "benchmark_two_cores", params={"n_prompts": 9, "new_tokens": 5, "draft_ids": 8192}, values=values)
+    text = readme.numbers()
+    assert "| two CPU cores; drafts offer the 8,192 ids that the training text uses most |" in text
+    assert "| R² = —, +20% on average, 3 of 6 within the interval |" in text
 
 
 def test_runs_are_shown_by_their_spread():
