@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(
-        "generate", run_generate, "stream text from the target, sped up by a draft",
+        "generate", run_generate, "stream text from the target, sped up by a draft, on the CPU",
         'specdec generate --prompt "The people of" --k 4 --temperature 0.8',
     )  # fmt: skip
     sub.add_argument("--prompt", required=True, help="text to continue; an empty one begins a new text")
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--role", default="small", help="small or medium (default: small)")
 
     sub = bench_command = command(
-        "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does",
+        "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does, on the CPU",
         "specdec bench --profile cpu --json bench.json",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")

@@ -171,7 +171,8 @@ class _Model(Structure):
 class CudaModel(Whole):
     """``model`` for decoding, called like the model itself. Any number of tokens is read as passes of at most 16 rows.
 
-    The logits of a token are the same bits whatever tokens are read with it. All work of a model is to be on one stream.
+    The logits of a token are the same bits whatever tokens are read with it. All work of this process on a device is to be on one
+    stream: the blocks of a kernel wait for each other, and two such kernels at once could wait forever.
     """
 
     def __init__(self, model: Transformer):
