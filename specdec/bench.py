@@ -28,6 +28,7 @@ from .prediction import (
 from .profiles import BenchConfig
 from .sampling import Randomness, Rule, Sampling, block, token_wise
 
+FEWEST = 20  # rounds that have to reach a position for its acceptance to be worth showing
 Arm = Callable[[list[int], Randomness, Trace], object]  # runs one text to its end and fills the trace
 
 
@@ -124,12 +125,13 @@ def summary(traces: list[Trace]) -> dict:
     return out
 
 
-def acceptance_by_position(traces: list[Trace], k: int) -> list[float]:
-    """αᵢ, i = 1 … k: how often the i-th draft of a round is accepted, given that all before it were; NaN where none came."""
+def acceptance_by_position(traces: list[Trace], k: int, fewest: int = 1) -> list[float]:
+    """αᵢ, i = 1 … k: how often the i-th draft of a round is accepted, given that all before it were; NaN where fewer than ``fewest``
+    rounds came so far."""
     rounds = [r for t in traces for r in t.rounds]
     reached = [sum(len(r.drafted) >= i and r.accepted >= i - 1 for r in rounds) for i in range(1, k + 1)]
     passed = [sum(r.accepted >= i for r in rounds) for i in range(1, k + 1)]
-    return [p / n if n else float("nan") for p, n in zip(passed, reached)]
+    return [p / n if n >= fewest else float("nan") for p, n in zip(passed, reached)]
 
 
 def alpha(traces: list[Trace]) -> float:
@@ -231,7 +233,7 @@ class Benchmark:
     rows: list[dict] = field(default_factory=list)
     costs: dict[str, Costs] = field(default_factory=dict)  # by drafter and temperature, beside the sweep
     final_costs: dict[str, Costs] = field(default_factory=dict)  # beside the fresh prompts, of the k that is run there
-    by_position: dict[str, list[float]] = field(default_factory=dict)  # αᵢ over all k
+    by_position: dict[str, list[float]] = field(default_factory=dict)  # αᵢ over all k, NaN where `FEWEST` rounds did not come
     alpha: dict[str, float] = field(default_factory=dict)  # mean Σ min(p, q) at the examined positions of the sweep
     best: dict[str, dict] = field(default_factory=dict)  # each at the k that theory says is best, on fresh prompts
     as_block: dict[str, dict] = field(default_factory=dict)  # the same where the block rule decides, above temperature 0
@@ -339,7 +341,7 @@ class _Temperature:
         by_k = {k: traces[arm_of(name, k)] for k in ks}
         rounds = [trace for k in ks for trace in by_k[k]]
         kept = self.untimed(name, self.prompts.sweep, keep_probs=True)
-        out.costs[key], out.alpha[key], out.by_position[key] = costs, alpha(kept), acceptance_by_position(rounds, max(ks))
+        out.costs[key], out.alpha[key], out.by_position[key] = costs, alpha(kept), acceptance_by_position(rounds, max(ks), FEWEST)
         texts = acceptance_of_texts(by_k, self.untimed(name, self.prompts.untimed))
         text = {"n": config.new_tokens, "prefill_seconds": float(np.mean([t.seconds["prefill"] for t in rounds]))}
         of_sweep, of_all = (partial(predict, texts=t, **text) for t in (texts[: len(self.prompts.sweep)], texts))

@@ -70,7 +70,8 @@ def numbers() -> str:
         parts.append(f"{picture}\n\nPoints: the sweep over k, with its intervals; pale and dashed: predicted.\n" if picture else "")
         tables = _other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table
         parts += [table(profile) for table in tables]
-        parts += [_losing_cells(profile), _losing_cells(profile, "benchmark_second_machine", " on the second machine")]
+        parts.append(_losing_cells(profile))
+        parts += [_losing_cells(profile, f"benchmark_{which}_machine", f" on the {which} machine") for which in ("second", "third")]
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
 
@@ -340,7 +341,7 @@ def _drafts_table(profile: str) -> str:
 def _elsewhere_table(profile: str) -> str:
     """The same models, measured in other ways or on another machine than the headline's."""
     lines = []
-    ways = {"eager": "eager", "graphs": "CUDA graphs", "two_cores": "two CPU cores", "second_machine": "compiled"}
+    ways = {"eager": "eager", "graphs": "CUDA graphs", "two_cores": "two CPU cores", "second_machine": "compiled", "third_machine": "compiled"}
     for name, how in ((f"benchmark_{name}", how) for name, how in ways.items()):
         result = _finished(profile, name)
         if result is None or name == _experiment(profile):

@@ -99,6 +99,7 @@ def test_counts_of_a_trace():
     trace.rounds[1].drafted.pop()  # a round cut short says nothing about the places that it did not reach
     assert bench.acceptance_by_position([trace], 3) == [1.0, 0.5, 0.0]
     assert np.isnan(bench.acceptance_by_position([trace], 4)[3])  # the fourth was never drafted, which is not a refusal
+    assert np.isnan(bench.acceptance_by_position([trace], 3, fewest=2)).tolist() == [False, False, True]
     assert theory.tokens_per_round([1.0, 0.5, 0.0]) == pytest.approx(counts["tokens"] / counts["rounds"])
 
 
