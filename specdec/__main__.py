@@ -82,17 +82,16 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--role", default="small", help="small or medium (default: small)")
 
-    sub = bench_command = command(
+    sub = command(
         "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does, on the CPU",
         "specdec bench --profile cpu --json bench.json",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
-    sub = sub.add_mutually_exclusive_group()
-    sub.add_argument("--roofline", action="store_true", help="a decoding step of every model beside the floor that memory sets, "
+    instead = sub.add_mutually_exclusive_group()
+    instead.add_argument("--roofline", action="store_true", help="a decoding step of every model beside the floor that memory sets, "
                      "of the profile's and, with random weights, of the seed's sizes")  # fmt: skip
-    sub.add_argument("--again", action="store_true", help="only what the headline quotes, once more, beside earlier runs in results/")
-    sub.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
-    sub = bench_command
+    instead.add_argument("--again", action="store_true", help="only what the headline quotes, once more, beside earlier runs in results/")
+    instead.add_argument("--peers", action="store_true", help="measure transformers on the same weights instead, into results/")
     sub.add_argument("--draft", help="with --peers: small, medium or distilled (default: small)")
     sub.add_argument("--prompts", type=int, help="with --peers: how many prompts the best settings meet (default: the profile's)")
 
@@ -176,8 +175,6 @@ def run_generate(options) -> None:
 def run_train(options) -> None:
     profile = get_profile(options.profile)
     check("model", options.model, [*profile.models, "distilled"])
-    check("divergence", options.distill_loss or "cross-entropy", [*DIVERGENCES, "cross-entropy"])
-    check("text", options.distill_texts or "data", TEXTS)
     if (options.distill_loss or options.distill_texts) and options.model != "distilled":
         raise ValueError(f"a {options.model} model is trained on the text itself; give --model distilled with --distill-…")
     parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,8 +1,8 @@
 """Measurement of the three scenarios: A the target alone, B the draft alone, C both.
 
 All arms run in one process, prompt by prompt in rotated order, so that a slow minute hits each of them. Ratios are of
-totals, never means of ratios; intervals come from a paired bootstrap over prompts. What `prediction.py` promises stands
-beside every measurement. Nothing here plots or prints.
+totals, never means of ratios; intervals come from a paired bootstrap over the documents that prompts are from. What
+`prediction.py` promises stands beside every measurement. Nothing here plots or prints.
 """
 
 import sys

@@ -67,7 +67,7 @@ def reproduce(
     began = time.monotonic()
     base = name.partition("@")[0]
     path = source.removeprefix("text:") if source else ""
-    device = on(device)
+    device = available(device)
     if minutes is not None:
         tokens = budget(base, path, minutes, device, began, say, drafts)
     if tokens is not None or path:
@@ -111,7 +111,7 @@ def reproduce(
     return name
 
 
-def on(device: str | torch.device | None) -> str | torch.device:
+def available(device: str | torch.device | None) -> str | torch.device:
     """That device if it is there, and if none is named the GPU where there is one."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,7 +309,7 @@ def measure_again(
 
     They are kept together as long as weights, settings, k, code and machine are the same.
     """
-    device = on(device)
+    device = available(device)
     notebooks_ran = (report.results_dir() / profile.name / "benchmark_distilled.json").exists()
     headline = report.load(profile.name, "benchmark_distilled" if notebooks_ran else "benchmark")["values"]
     models = {"target": load_or_train(profile, "target", device=device)[0], "small": load_or_train(profile, "small", device=device)[0],

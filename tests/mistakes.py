@@ -72,7 +72,7 @@ def block_plain_residual(drafted, q, p, randomness):
 def bonus_by_argmax(drafted, q, p, randomness):
     """Where all drafts stay, the token after them is the most probable one instead of a drawn one."""
     n, following = token_wise(drafted, q, p, randomness)
-    return n, torch.where(torch.as_tensor(n) == len(drafted), p[-1].argmax(-1, keepdim=True), following)
+    return n, p[-1].argmax(-1, keepdim=True) if n == len(drafted) else following
 
 
 # Drafters

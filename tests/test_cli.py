@@ -30,6 +30,7 @@ def build(tmp_path_factory):
         (["generate", "--prompt", "a " * 200], "shorten the prompt"),
         (["train", "--model", "huge"], "no model 'huge'"),
         (["train", "--model", "distilled", "--distill-loss", "luck"], "no divergence 'luck'"),
+        (["train", "--model", "distilled", "--distill-loss", "cross-entropy", "--distill-texts", "luck"], "no text of 'luck'"),
         (["bench", "--peers", "--draft", "huge"], "no model 'huge'"),
     ],
 )
@@ -56,7 +57,6 @@ def test_bad_input_ends_with_a_sentence_and_status_2(arguments, sentence, capsys
         (["generate", "--prompt", "a " * 200], "shorten the prompt"),
         (["train", "--model", "nope"], "no model 'nope'; choose target, small, medium, distilled"),
         (["train", "--model", "small", "--distill-loss", "forward-kl"], "give --model distilled"),
-        (["train", "--model", "distilled", "--distill-texts", "nope"], "no text 'nope'"),
         (["reproduce", "--data", "text:"], "write text:PATH"),
         (["reproduce", "--profile", "ci@20k", "--tokens", "10k"], "names its budget"),
         (["reproduce", "--device", "nope"], "the device 'nope' is not here"),

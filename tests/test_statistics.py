@@ -22,6 +22,7 @@ from specdec.data import held_out_prompts
 from specdec.drafting import DraftModel, drafter_of
 from specdec.engine import Trace, speculate
 from specdec.inference import read, ready, ready_rule
+from specdec.report import OF_TESTS
 from specdec.sampling import RULES, Randomness, Sampling, token_wise
 
 V, N = 50_304, 20_000  # ids; rounds of a test
@@ -417,6 +418,12 @@ def test_tail_and_bound():
 
 
 MISSED = "share that was missed"
+FALSE, TOGETHER = "false alarms at a level of one in a thousand", "probability of a false alarm"
+
+
+def test_figures_of_the_tests_themselves_are_known_as_such():
+    """Or the README would count them among those that judge the engine."""
+    assert {FALSE, MISSED, TOGETHER, CAUGHT, SHARED} == set(OF_TESTS)
 
 
 def missed(test, law, draws, generator):
@@ -433,7 +440,7 @@ def test_false_alarms_and_power_are_as_stated(proof):
         z = test.z_of_cells(generator.multinomial(test.n, test.meant / test.n, size=draws))
         assert abs(z.mean()) < 5 / draws**0.5 and abs(z.std() - 1) < 0.1
         alarms = int((z > critical(1e-3, test.shape)).sum())  # 5 expected; the bound is the Poisson tail of one in a million
-        proof.check(f"χ², counts drawn from p{partition}", "false alarms at a level of one in a thousand", alarms, 19, draws)
+        proof.check(f"χ², counts drawn from p{partition}", FALSE, alarms, 19, draws)
         q = test.contaminated(p, test.detectable)
         name = "χ², counts drawn from a law that is off between cells by what is called detectable"
         proof.check(name + partition, MISSED, missed(test, q, draws, generator), 0.02, draws)
@@ -445,7 +452,7 @@ def test_false_alarms_and_power_are_as_stated(proof):
 
 
 def test_all_alarms_together(proof):
-    proof.check("all χ² tests together", "probability of a false alarm", ALARM * len(made), 1e-6, len(made))
+    proof.check("all χ² tests together", TOGETHER, ALARM * len(made), 1e-6, len(made))
 
 
 def test_what_the_smallest_test_would_have_caught(proof):
