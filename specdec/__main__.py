@@ -19,7 +19,7 @@ from .engine import Trace, generate, speculate
 from .export import export_model, model_card
 from .inference import ready, ready_rule
 from .profiles import PROFILES, get_profile
-from .reproduce import compare_recipes, measure_again, reproduce
+from .reproduce import available, compare_recipes, measure_again, reproduce
 from .sampling import RULES, Randomness, Sampling
 from .train import load_or_train
 
@@ -44,17 +44,19 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="specdec", description="Lossless speculative decoding, from scratch.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, run, summary, example):
+    def command(name, run, summary, example, device: str | None = "cpu"):
         sub = commands.add_parser(
             name, help=summary, description=summary, epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         sub.add_argument("--profile", help=f"one of {', '.join(PROFILES)} (default: $SPECDEC_PROFILE, else cpu)")
+        if device is not None:
+            sub.add_argument("--device", default=device, help=f"cpu or cuda (default: {device})")
         sub.set_defaults(run=run)
         return sub
 
     sub = command(
-        "generate", run_generate, "stream text from the target, sped up by a draft, on the CPU",
+        "generate", run_generate, "stream text from the target, sped up by a draft",
         'specdec generate --prompt "The people of" --k 4 --temperature 0.8',
     )  # fmt: skip
     sub.add_argument("--prompt", required=True, help="text to continue; an empty one begins a new text")
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(
         "train", run_train, "train a model of a profile, or take up a training that was cut off",
-        "torchrun --nproc-per-node 2 -m specdec train --profile seed --model target",
+        "torchrun --nproc-per-node 2 -m specdec train --profile seed --model target", device=None,
     )  # fmt: skip
     sub.add_argument("--model", default="target", help="target, small, medium or distilled (default: target)")
     sub.add_argument("--distill-loss", help=f"{', '.join(DIVERGENCES)} or cross-entropy, the control (default: the profile's)")
@@ -83,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--role", default="small", help="small or medium (default: small)")
 
     sub = command(
-        "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does, on the CPU",
+        "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does",
         "specdec bench --profile cpu --json bench.json",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
@@ -97,14 +99,14 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(
         "export", run_export, "write a trained model as a Hugging Face folder, with its tokenizer and model card",
-        "specdec export --profile cpu --role small --out specdec-cpu-small",
+        "specdec export --profile cpu --role small --out specdec-cpu-small", device=None,
     )  # fmt: skip
     sub.add_argument("--role", default="target", help="target, small, medium or distilled (default: target)")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="a new folder; its name becomes the model's")
 
     sub = command(
         "reproduce", run_reproduce, "data, training, distillation and benchmark in one unattended run, into results/",
-        "specdec reproduce --profile seed --minutes 25 --data text:corpus/*.txt.xz",
+        "specdec reproduce --profile seed --minutes 25 --data text:corpus/*.txt.xz", device=None,
     )  # fmt: skip
     sub.add_argument("--minutes", type=float, help="shorten all schedules so that the run fits into so many minutes")
     sub.add_argument("--tokens", help="shorten all schedules so that the target reads so many tokens, for example 300M")
@@ -114,14 +116,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def model_named(profile, name: str):
+def model_named(profile, name: str, device: str | torch.device = "cpu"):
     """A trained model by the name that the command line gives it."""
-    return trained(profile, name)[0]
+    return trained(profile, name, device)[0]
 
 
-def trained(profile, name: str):
+def trained(profile, name: str, device: str | torch.device = "cpu"):
     """The same with its history."""
-    return load_or_distill(profile) if name == "distilled" else load_or_train(profile, name)
+    return load_or_distill(profile, device=device) if name == "distilled" else load_or_train(profile, name, device=device)
 
 
 def check(what: str, name: str, names) -> None:
@@ -136,7 +138,8 @@ def drafts(profile) -> list[str]:
 
 def run_generate(options) -> None:
     profile = get_profile(options.profile)
-    sampling, randomness = Sampling(options.temperature, options.top_k, options.top_p), Randomness(options.seed)
+    device, sampling = available(options.device), Sampling(options.temperature, options.top_k, options.top_p)
+    randomness = Randomness(options.seed, device)
     check("rule", options.rule, RULES)
     check("model", options.draft, [*drafts(profile), "distilled"])
     if options.k < 1 and not options.no_draft:
@@ -147,7 +150,7 @@ def run_generate(options) -> None:
     prompt, context = tokenizer.encode_ordinary(options.prompt) or [tokenizer.eot_token], profile.models["target"].context
     if len(prompt) > context:
         raise ValueError(f"the prompt has {len(prompt)} tokens and the context {context}; shorten the prompt.")
-    target, trace = ready(model_named(profile, "target"), passes="compiled"), Trace()
+    target, trace = ready(model_named(profile, "target", device), passes="compiled"), Trace()
     common = dict(
         max_new_tokens=options.max_new_tokens, sampling=sampling, stop=(tokenizer.eot_token,),
         randomness=randomness, trace=trace,
@@ -155,7 +158,8 @@ def run_generate(options) -> None:
     if options.no_draft:
         stream = generate(target, prompt, **common)
     else:
-        draft, rule = ready(model_named(profile, options.draft), passes="compiled"), ready_rule(RULES[options.rule], "compiled")
+        draft = ready(model_named(profile, options.draft, device), passes="compiled")
+        rule = ready_rule(RULES[options.rule], "compiled", device)
         stream = speculate(target, prompt, drafter=drafter_of(draft), k=options.k, rule=rule, **common)
     began, decoder = time.perf_counter(), codecs.getincrementaldecoder("utf-8")("replace")
     print(options.prompt, end="", flush=True)
@@ -204,7 +208,7 @@ def run_train(options) -> None:
 def run_distill(options) -> None:
     profile = get_profile(options.profile)
     check("model", options.role, drafts(profile))
-    compare_recipes(profile, role=options.role, say=lambda line: print(line, flush=True))
+    compare_recipes(profile, role=options.role, device=available(options.device), say=lambda line: print(line, flush=True))
 
 
 def run_bench(options) -> None:
@@ -223,7 +227,8 @@ def run_bench(options) -> None:
     profile = get_profile(options.profile)
     if options.json and (os.path.isdir(options.json) or not os.access(Path(options.json).parent, os.W_OK)):
         raise ValueError(f"{options.json!r} cannot be written; name a file in a folder that is there.")
-    models, data = {name: model_named(profile, name) for name in ("target", "small", "medium")}, tokens_for(profile)
+    device, data = available(options.device), tokens_for(profile)
+    models = {name: model_named(profile, name, device) for name in ("target", "small", "medium")}
     result = bench.run(*bench.equip(models, profile.bench, data), data, profile.bench)
     if options.json:
         write_json(Path(options.json), {"cells": result.cells, "provenance": report.provenance(profile.name)})
@@ -252,7 +257,7 @@ def run_bench(options) -> None:
 
 
 def run_roofline(options) -> None:
-    steps = roofline.survey(get_profile(options.profile))
+    steps = roofline.survey(get_profile(options.profile), device=available(options.device))
     print(f"memory is read at {steps[0]['bandwidth'] / 1e9:.1f} GB/s, {steps[0]['bandwidth_most'] / 1e9:.1f} at most")
     print(f"{'model':18s} {'dtype':>9s} {'passes':>9s} {'MB a token':>10s} {'floor ms':>9s} {'step ms':>8s} {'of the floor':>12s} "
           f"{'v(2)':>5s} {'v(5)':>5s} {'v(9)':>5s}")  # fmt: skip
@@ -263,14 +268,14 @@ def run_roofline(options) -> None:
 
 
 def run_again(options) -> None:
-    measure_again(get_profile(options.profile), say=lambda line: print(line, flush=True))
+    measure_again(get_profile(options.profile), device=available(options.device), say=lambda line: print(line, flush=True))
 
 
 def run_peers(options) -> None:
     profile, name = get_profile(options.profile), options.draft or "small"
     check("model", name, [*drafts(profile), "distilled"])
-    library, began = peers.transformers(), time.perf_counter()
-    target, draft = model_named(profile, "target"), model_named(profile, name)
+    device, library, began = available(options.device), peers.transformers(), time.perf_counter()
+    target, draft = model_named(profile, "target", device), model_named(profile, name, device)
     bench_config = replace(profile.bench, n_prompts=options.prompts or profile.bench.n_prompts)
     result = peers.compare(target, draft, tokens_for(profile), bench_config)
     print(f"{'arm, each side at its best':34s} {'T':>3s} {'tokens/s':>9s} {'÷ ours alone':>12s} {'tokens per target pass':>23s}")

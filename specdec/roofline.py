@@ -121,13 +121,15 @@ def seconds_by_length(fast: Model, lengths: list[int], repeats: int = 12) -> dic
     return {n: float(np.median(values)) for n, values in timings.items()}
 
 
-def survey(profile: Profile, large: str = "seed", fast: dict[str, Model] | None = None) -> list[dict]:
+def survey(
+    profile: Profile, large: str = "seed", fast: dict[str, Model] | None = None, device: str | torch.device = "cpu"
+) -> list[dict]:
     """Rows of `as_rows` for the models of ``profile`` (``fast``, if they are ready already) and of the profile ``large``.
     Random weights do."""
     measured, passes = [], profile.bench.passes
     for name, models in [(profile.name, fast)] + [(large, None)] * (large != profile.name):
         configs = get_profile(name).models
-        models = models or {role: ready(Transformer(c), profile.bench.dtype, passes) for role, c in configs.items()}
+        models = models or {role: ready(Transformer(c).to(device), profile.bench.dtype, passes) for role, c in configs.items()}
         measured.append((name, measure_steps(models)))
     return [{"sizes": name, "passes": passes} | row for name, steps in measured for row in as_rows(steps)]
 

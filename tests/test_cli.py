@@ -59,7 +59,9 @@ def test_bad_input_ends_with_a_sentence_and_status_2(arguments, sentence, capsys
         (["train", "--model", "small", "--distill-loss", "forward-kl"], "give --model distilled"),
         (["reproduce", "--data", "text:"], "write text:PATH"),
         (["reproduce", "--profile", "ci@20k", "--tokens", "10k"], "names its budget"),
-        (["reproduce", "--device", "nope"], "the device 'nope' is not here"),
+        *((command, "the device 'nope' is not here; choose cpu")
+          for command in (["reproduce", "--device", "nope"], ["bench", "--device", "nope"], ["bench", "--again", "--device", "nope"],
+                          ["bench", "--roofline", "--device", "nope"], ["generate", "--prompt", "a", "--device", "nope"])),
         (["reproduce", "--minutes", "inf"], "are no budget"),
     ],
 )
@@ -95,6 +97,21 @@ def test_a_distilled_model_is_trained_where_the_others_are(monkeypatch):
     with pytest.raises(IndexError):
         main(["train", "--model", "distilled"])
     assert given["device"] == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --prompt a", "generate --prompt a --draft distilled", "bench", "bench --roofline", "bench --again", "distill"]
+)
+def test_a_device_that_is_asked_for_is_the_one_that_computes(command, monkeypatch, capsys):
+    def reached(*_, device, **__):
+        raise ValueError(f"on {device}")
+
+    monkeypatch.setattr(cli, "available", lambda device: {"cuda": "cpu:0", "cpu": "cpu"}[device])
+    for name in ("load_or_train", "load_or_distill", "compare_recipes", "measure_again"):
+        monkeypatch.setattr(cli, name, reached)
+    monkeypatch.setattr(cli.roofline, "survey", reached)
+    for asked, there in ((["--device", "cuda"], "cpu:0"), ([], "cpu")):
+        assert main([*command.split(), *asked]) == 2 and capsys.readouterr().err == f"specdec: on {there}\n"
 
 
 def test_generate_is_repeatable_and_reports(capsys):

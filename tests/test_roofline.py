@@ -49,7 +49,7 @@ def test_bandwidth_is_that_of_a_machine():
 
 def test_the_command_prints_a_line_for_every_model(monkeypatch, capsys):
     survey = roofline.survey
-    monkeypatch.setattr(roofline, "survey", lambda profile: survey(profile, "ci"))
+    monkeypatch.setattr(roofline, "survey", lambda profile, device: survey(profile, "ci", device=device))
     assert main(["bench", "--profile", "ci", "--roofline"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "GB/s" in lines[0] and [line.split()[1] for line in lines[2:]] == ["target", "small", "medium"]
