@@ -108,11 +108,16 @@ def load_or_distill(
 
 def stages_of(schedule: Schedule, kind: str, apart: bool = False) -> list[tuple[str, Schedule]]:
     """What is trained by which loss: everything by one, or forward KL first and ``kind`` in the last phase, which stands
-    ``apart`` in any case if it is to read other text."""
-    if len(schedule.phases) == 1 or not apart and kind in ("cross-entropy", "forward-kl"):
-        return [(kind, schedule)]
-    first, last = replace(schedule, phases=schedule.phases[:-1]), replace(schedule, phases=schedule.phases[-1:])
-    return [("cross-entropy" if kind == "cross-entropy" else "forward-kl", first), (kind, last)]
+    ``apart`` in any case if it is to read other text.
+
+    Each has a seed of its own. With the one that the draft was trained by, the control would read the same batches in the same
+    order once more, and what it gained would be less than more training gains.
+    """
+    stages = [(kind, schedule)]
+    if len(schedule.phases) > 1 and (apart or kind not in ("cross-entropy", "forward-kl")):
+        first, last = replace(schedule, phases=schedule.phases[:-1]), replace(schedule, phases=schedule.phases[-1:])
+        stages = [("cross-entropy" if kind == "cross-entropy" else "forward-kl", first), (kind, last)]
+    return [(name, replace(stage, seed=schedule.seed + 1 + i)) for i, (name, stage) in enumerate(stages)]
 
 
 def continued(before: list[dict], rows: list[dict]) -> list[dict]:

@@ -229,11 +229,11 @@ def test_control_and_distillation_differ_in_the_loss_alone(profile, monkeypatch)
 
 @pytest.mark.parametrize("texts, divergence", [("data+target", "forward-kl"), ("data", "neg-log-alpha")])
 def test_control_is_split_as_the_distillation_is(profile, monkeypatch, texts, divergence):
-    """A training begun anew forgets what its optimizer knew, and goes through the data from the start."""
-    seen, original = {"cross-entropy": [], "distilled": []}, loop.train
+    """A training begun anew forgets what its optimizer knew. And no training reads the batches of one before it again: the
+    distillation's last phase may have other text to read, the control has not."""
+    seen, original = {"draft": [], "cross-entropy": [], "distilled": []}, loop.train
     two = replace(profile, distillation=replace(SCHEDULE, phases=SCHEDULE.phases * 2), texts=texts, divergence=divergence)
-    for role in two.models:
-        load_or_train(two, role)
+    load_or_train(two, "target")
     for kind, trainings in seen.items():
         def recorded(model, data, schedule, *, loss, trainings=trainings, **options):
             trainings.append(ids := [])
@@ -241,19 +241,24 @@ def test_control_is_split_as_the_distillation_is(profile, monkeypatch, texts, di
             return original(model, data, schedule, loss=watched, **options)
 
         monkeypatch.setattr(loop, "train", recorded)
-        load_or_distill(two, None if kind == "distilled" else kind)
-    control, distilled = seen.values()
+        if kind == "draft":
+            load_or_train(two, "small")
+        else:
+            load_or_distill(two, None if kind == "distilled" else kind)
+    (draft,), control, distilled = seen.values()
     assert [len(ids) for ids in control] == [len(ids) for ids in distilled] == [6, 6]
     assert all(map(torch.equal, control[0], distilled[0]))
     assert all(map(torch.equal, control[1], distilled[1])) == (texts == "data")
+    read = [ids for training in (draft, *control) for ids in training]
+    assert not any(torch.equal(a, b) for i, a in enumerate(read) for b in read[:i])
 
 
 def test_forward_kl_goes_first():
     two = replace(SCHEDULE, phases=(SCHEDULE.phases[0], replace(SCHEDULE.phases[0], iterations=4)))
     assert [(kind, s.iterations) for kind, s in stages_of(two, "neg-log-alpha")] == [("forward-kl", 6), ("neg-log-alpha", 4)]
     for kind in ("forward-kl", "cross-entropy"):
-        assert stages_of(two, kind) == [(kind, two)]
-    assert stages_of(SCHEDULE, "total-variation") == [("total-variation", SCHEDULE)]
+        assert stages_of(two, kind) == [(kind, replace(two, seed=two.seed + 1))]
+    assert stages_of(SCHEDULE, "total-variation") == [("total-variation", replace(SCHEDULE, seed=SCHEDULE.seed + 1))]
 
 
 def test_the_history_goes_on_over_both_stages(profile):
