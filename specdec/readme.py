@@ -72,7 +72,10 @@ def numbers() -> str:
         tables = _other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table
         parts += [table(profile) for table in tables]
         parts.append(_losing_cells(profile))
-        parts += [_losing_cells(profile, f"benchmark_{which}_machine", f" on the {which} machine") for which in ("second", "third")]
+        parts += [
+            _losing_cells(profile, f"benchmark_{file}_machine", where) for file, where in (
+                ("second", " on the second machine"), ("third", " on the third machine"), ("distilled_third", " there, with drafts trained further"))
+        ]  # fmt: skip
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
 
@@ -283,10 +286,14 @@ def _recipe(profile: str) -> str:
     kind, own = params.get("divergence") or params.get("kind"), params.get("texts") == "data+target"
     amount = f"{params['iterations']:,} steps" + (f", {params['tokens'] / 1e6:.1f}M tokens," if "tokens" in params else "")
     of_it = f" ({params['own_text'] / 1e6:.1f}M tokens of it)" if "own_text" in params else ""
+    again = "" if "batches" in params else (
+        " Both began with the batches that the draft had been trained on, in the same order, from which a control learns less than from "
+        "others (results/cpu/distillation_third_machine_first.json and, on others, distillation_third_machine.json)."
+    )
     last = f"{kind} on half data and half what the target itself writes at both temperatures{of_it}" if own else f"{kind} on the data"
     return (
         f"A distilled draft took {amount} more: first forward-kl on the data, in its last phase {last}; the control as many with "
-        "cross-entropy on the data.\n"
+        f"cross-entropy on the data.{again}\n"
     )
 
 
@@ -345,7 +352,8 @@ def _drafts_table(profile: str) -> str:
 def _elsewhere_table(profile: str) -> str:
     """The same models, measured in other ways or on another machine than the headline's."""
     lines = []
-    ways = {"eager": "eager", "graphs": "CUDA graphs", "two_cores": "two CPU cores", "second_machine": "compiled", "third_machine": "compiled"}
+    ways = {"eager": "eager", "graphs": "CUDA graphs", "two_cores": "two CPU cores", "second_machine": "compiled",
+            "third_machine": "compiled", "distilled_third_machine": "compiled"}  # fmt: skip
     for name, how in ((f"benchmark_{name}", how) for name, how in ways.items()):
         result = _finished(profile, name)
         if result is None or name == _experiment(profile):

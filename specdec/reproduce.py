@@ -229,7 +229,7 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
         line |= {"validation_loss": histories[name].validation_loss, "seconds": histories[name].seconds}
     schedule = profile.distillation
     params = {"iterations": schedule.iterations, "tokens": schedule.tokens, "texts": profile.texts,
-              "divergence": profile.divergence}  # fmt: skip
+              "divergence": profile.divergence, "batches": "not those of the draft's training"}  # fmt: skip
     if profile.texts != "data":
         params["own_text"] = min(profile.own_text, schedule.tokens)
     rows = [{"model": name} | row for name in values for row in histories[name].rows]

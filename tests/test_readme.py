@@ -76,7 +76,9 @@ def test_the_control_and_what_was_learned_have_a_line():
     block, cell = readme.numbers(), "**1.25×** [1.20, 1.30], k = "
     assert f"| speed-up C ÷ A, small control | {cell}3 | {cell}3 |" in block and f"both rules agree | {cell}5 |" in block
     assert "took 400 steps more: first forward-kl on the data, in its last phase neg-log-alpha on the data; the control" in block
-    assert "B draws one token a call, of all ids, and C" in block
+    assert "B draws one token a call, of all ids, and C" in block and "been trained on, in the same order" in block
+    report.record("cpu", "distillation", params=params | {"batches": "others"}, values={})
+    assert "in the same order" not in readme.numbers()
 
 
 def test_figures_about_the_tests_do_not_count_as_checks():
