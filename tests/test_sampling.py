@@ -186,6 +186,17 @@ def test_bad_settings_are_refused(bad, message):
         Sampling(**bad)
 
 
+@pytest.mark.parametrize("weights", [[2, 1, 1], [0, 1, 0, 2, 0, 1, 0], [0, 4], [4, 0]])
+@pytest.mark.parametrize("total", [1.0, 1 + 1e-6], ids=["exact", "rounded"])
+def test_choose_inverts_the_distribution(weights, total):
+    """Of 16 equidistant numbers each id gets its share, from the first id to the last, and none goes to an id of probability
+    zero, though every border is one of these numbers. A sum that rounding has moved takes nothing from the last id."""
+    probs = torch.tensor(weights, dtype=torch.float64) * total / 4
+    drawn = [int(Numbers(torch.tensor([i / 16], dtype=torch.float64)).choose(probs)) for i in range(16)]
+    assert drawn == [i for i, weight in enumerate(weights) for _ in range(4 * weight)]
+    assert int(Numbers(torch.tensor([1 - 2**-53], dtype=torch.float64)).choose(probs)) == max(i for i, weight in enumerate(weights) if weight)
+
+
 def test_choose_never_picks_what_is_impossible():
     randomness = Randomness(0)
     probs = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
