@@ -74,7 +74,7 @@ def numbers() -> str:
         parts.append(_losing_cells(profile))
         parts += [
             _losing_cells(profile, f"benchmark_{file}_machine", where) for file, where in (
-                ("second", " on the second machine"), ("third", " on the third machine"), ("distilled_third", " there, with drafts trained further"))
+                ("second", " on the second machine"), ("third", " on the third machine"), ("distilled_third", " on the third machine, with drafts trained further"))
         ]  # fmt: skip
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
@@ -503,6 +503,9 @@ def _recipes_table(profile: str) -> str:
     lines = ["What a draft may learn from, in equal steps, and the α that it reaches (`make distill`):", "",
              "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
     lines += [f"| {row['recipe']} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for row in rows]
+    if "batches" not in (_finished(profile, "recipes") or {"params": {}})["params"]:
+        lines += ["", "(All began with the batches of the draft's own training. Where a loss other than forward-kl took over on the same text, "
+                  "it began with them again, which forward-kl alone did not.)"]  # fmt: skip
     return "\n".join([*lines, ""])
 
 

@@ -218,6 +218,9 @@ def record_training(profile: Profile, models: dict[str, Transformer], histories:
     report.record(profile.name, "training", params=params, values=values, rows=rows, seed=profile.schedules["target"].seed)
 
 
+OTHER_BATCHES = "not those of the draft's training"  # results without this word are from before each training had a seed
+
+
 def record_distillation(profile: Profile, models: dict, histories: dict, data: TokenData, n_windows: int = 24) -> None:
     """``distillation.json``: α on held-out text of every draft, and what its training cost."""
     values = {name: {} for name in models if name != "target"}
@@ -229,7 +232,7 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
         line |= {"validation_loss": histories[name].validation_loss, "seconds": histories[name].seconds}
     schedule = profile.distillation
     params = {"iterations": schedule.iterations, "tokens": schedule.tokens, "texts": profile.texts,
-              "divergence": profile.divergence, "batches": "not those of the draft's training"}  # fmt: skip
+              "divergence": profile.divergence, "batches": OTHER_BATCHES}  # fmt: skip
     if profile.texts != "data":
         params["own_text"] = min(profile.own_text, schedule.tokens)
     rows = [{"model": name} | row for name in values for row in histories[name].rows]
@@ -264,7 +267,8 @@ def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_wi
         whose = None if kind == "cross-entropy" else text  # the control reads the data in any case
         draft, history = load_or_distill(profile, kind, role=role, texts=whose, device=device)
         lines.append(line("control" if kind == "cross-entropy" else f"{kind} on {text}", draft, history.seconds))
-    params = {"iterations": profile.distillation.iterations, "tokens": profile.distillation.tokens, "n_windows": n_windows}
+    params = {"iterations": profile.distillation.iterations, "tokens": profile.distillation.tokens, "n_windows": n_windows,
+              "batches": OTHER_BATCHES}  # fmt: skip
     report.record(profile.name, "recipes", params=params, values={"recipes": lines}, rows=lines)
     return lines
 
