@@ -79,10 +79,8 @@ class TokenData:
 def build_dir() -> Path:
     """Where everything that can be made again is kept: $SPECDEC_BUILD, else ``build`` in the checkout, whatever folder one is in;
     of an installed package, in that folder."""
-    if named := os.environ.get("SPECDEC_BUILD"):
-        return Path(named)
     checkout = Path(__file__).resolve().parent.parent
-    return (checkout if (checkout / "pyproject.toml").exists() else Path()) / "build"
+    return Path(os.environ.get("SPECDEC_BUILD") or (checkout if (checkout / "pyproject.toml").exists() else Path()) / "build")
 
 
 @cache

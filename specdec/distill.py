@@ -177,8 +177,7 @@ def _written_once(model: Transformer, data: TokenData, profile: Profile, name: s
     for weight in model.parameters():  # another training, another file
         key.update(weight.detach().cpu().numpy().tobytes())
     path = build_dir() / profile.name / "tokens" / f"{name}-{key.hexdigest()[:12]}.npy"
-    text = _text(path)
-    if text is None and (not dist.is_initialized() or dist.get_rank() == 0):
+    if _text(path) is None and (not dist.is_initialized() or dist.get_rank() == 0):
         texts = np.concatenate([
             written(
                 model, data.train, -(-n // (length * len(temperatures))), length, eot=data.eot, seed=seed + i,
@@ -193,7 +192,7 @@ def _written_once(model: Transformer, data: TokenData, profile: Profile, name: s
         put_in_place(unfinished, path)
     if dist.is_initialized():
         dist.barrier()
-    return _text(path) if text is None else text
+    return _text(path)
 
 
 def _text(path: Path) -> np.ndarray | None:
