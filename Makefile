@@ -97,6 +97,10 @@ soak: $(VENV)/.done ## the same on random models, laws and settings, SOAK_MINUTE
 distill: $(VENV)/.done ## what a draft may learn from: every loss and text compared, into results/ (30 min)
 	$(BIN)/python -m specdec distill --profile $(PROFILE)
 
+.PHONY: batches
+batches: $(VENV)/.done ## what it is worth to a draft that it read its target's batches, into results/ (10 min)
+	$(BIN)/python -m specdec distill --profile $(PROFILE) --batches
+
 .PHONY: peers
 peers: $(VENV)/.done ## transformers on the same weights, in turns with ours, into results/ (15 min)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]' -c requirements.lock

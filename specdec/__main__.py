@@ -19,7 +19,7 @@ from .engine import Trace, generate, speculate
 from .export import export_model, model_card
 from .inference import ready, ready_rule
 from .profiles import PROFILES, get_profile
-from .reproduce import available, compare_recipes, measure_again, reproduce
+from .reproduce import available, compare_batches, compare_recipes, measure_again, reproduce
 from .sampling import RULES, Randomness, Sampling
 from .train import load_or_train
 
@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "specdec distill --profile cpu --role small",
     )  # fmt: skip
     sub.add_argument("--role", default="small", help="small or medium (default: small)")
+    sub.add_argument("--batches", action="store_true", help="instead: a draft that was trained on its target's batches and one that drew its own")
 
     sub = command(
         "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does",
@@ -208,7 +209,8 @@ def run_train(options) -> None:
 def run_distill(options) -> None:
     profile = get_profile(options.profile)
     check("model", options.role, drafts(profile))
-    compare_recipes(profile, role=options.role, device=available(options.device), say=lambda line: print(line, flush=True))
+    compare = compare_batches if options.batches else compare_recipes
+    compare(profile, role=options.role, device=available(options.device), say=lambda line: print(line, flush=True))
 
 
 def run_bench(options) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -40,6 +40,7 @@ RECIPES = (  # what a draft may learn from: a divergence, and whose text
 _KERNELS = [Path(__file__).with_name(name).read_text() for name in ("native.cpp", "native.cu", "sampling.cu", "draft.cu")]
 _PYTHON = source_key("sampling", "model", "passes", "native", "compiled", "cuda", "inference", "drafting", "engine")
 DECODING = hashlib.sha256("".join((_PYTHON, *_KERNELS)).encode()).hexdigest()[:12]  # what decodes, and so decides a speed
+OWN_SEED = 100  # added to a draft's seed it makes it draw batches that neither target nor distillation drew
 TRAINING_SHARE = 0.75  # of the minutes that are left once the text is ready; the rest is compiling and measuring
 
 
@@ -242,8 +243,37 @@ def record_distillation(profile: Profile, models: dict, histories: dict, data: T
 
 
 def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_windows: int = 48, say=print) -> list[dict]:
-    """``recipes.json``: α of a draft distilled by every recipe, on held-out text and on what the target wrote at the same
-    temperature.
+    """``recipes.json``: α of a draft distilled by every recipe."""
+
+    def drafts() -> Iterator[tuple[str, Transformer, History]]:
+        yield "as trained", *load_or_train(profile, role, device=device)
+        for kind, text in RECIPES:
+            whose = None if kind == "cross-entropy" else text  # the control reads the data in any case
+            label = "control" if kind == "cross-entropy" else f"{kind} on {text}"
+            yield label, *load_or_distill(profile, kind, role=role, texts=whose, device=device)
+
+    return _compared("recipes", drafts(), profile, role, device, n_windows, say)
+
+
+def compare_batches(profile: Profile, *, role: str = "small", device="cpu", n_windows: int = 48, say=print) -> list[dict]:
+    """``batches.json``: what it is worth to a draft that it was trained on its target's batches, in their order, as drafts of one
+    seed are; beside it stands one that drew its own."""
+
+    def drafts() -> Iterator[tuple[str, Transformer, History]]:
+        schedule = profile.schedules[role]
+        apart = replace(profile, schedules=profile.schedules | {role: replace(schedule, seed=schedule.seed + OWN_SEED)})
+        for batches, of in (("the target's batches", profile), ("batches of its own", apart)):
+            yield f"as trained, on {batches}", *load_or_train(of, role, device=device)
+            yield f"control, begun on {batches}", *load_or_distill(of, "cross-entropy", role=role, device=device)
+            yield f"distilled, begun on {batches}", *load_or_distill(of, role=role, device=device)
+
+    return _compared("batches", drafts(), profile, role, device, n_windows, say)
+
+
+def _compared(
+    name: str, drafts: Iterable[tuple[str, Transformer, History]], profile: Profile, role: str, device, n_windows: int, say: Callable[[str], None],
+) -> list[dict]:  # fmt: skip
+    """Record under that name the α of every draft, on held-out text and on what the target wrote at the same temperature.
 
     The second is what a speculative engine reads: everything it emits follows the target's law.
     """
@@ -253,23 +283,17 @@ def compare_recipes(profile: Profile, *, role: str = "small", device="cpu", n_wi
     for t in profile.bench.temperatures:
         own = written(target, data.validation, n_windows, block + 1, eot=data.eot, seed=profile.bench.seed, temperature=t)
         texts |= {("held-out text", t): data, ("the target's text", t): replace(data, validation=own)}
-
-    def line(recipe: str, draft: Transformer, seconds: float) -> dict:
+    lines = []
+    for recipe, draft, history in drafts:
         alphas = {
-            f"{name}, T = {t:g}": acceptance(target, draft, text, temperature=t, n_windows=n_windows).mean().item()
-            for (name, t), text in sorted(texts.items())
+            f"{text}, T = {t:g}": acceptance(target, draft, tokens, temperature=t, n_windows=n_windows).mean().item()
+            for (text, t), tokens in sorted(texts.items())
         }
-        say(f"{recipe:32s} " + "  ".join(f"{name}: {a:.3f}" for name, a in alphas.items()))
-        return {"recipe": recipe, "role": role, "seconds": seconds} | alphas
-
-    lines = [line("as trained", load_or_train(profile, role, device=device)[0], 0.0)]
-    for kind, text in RECIPES:
-        whose = None if kind == "cross-entropy" else text  # the control reads the data in any case
-        draft, history = load_or_distill(profile, kind, role=role, texts=whose, device=device)
-        lines.append(line("control" if kind == "cross-entropy" else f"{kind} on {text}", draft, history.seconds))
+        say(f"{recipe:42s} " + "  ".join(f"{text}: {a:.3f}" for text, a in alphas.items()))
+        lines.append({"recipe": recipe, "role": role, "seconds": history.seconds, "validation_loss": history.validation_loss} | alphas)
     params = {"iterations": profile.distillation.iterations, "tokens": profile.distillation.tokens, "n_windows": n_windows,
               "batches": OTHER_BATCHES}  # fmt: skip
-    report.record(profile.name, "recipes", params=params, values={"recipes": lines}, rows=lines)
+    report.record(profile.name, name, params=params, values={"recipes": lines}, rows=lines)
     return lines
 
 

@@ -100,14 +100,14 @@ def test_a_distilled_model_is_trained_where_the_others_are(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["generate --prompt a", "generate --prompt a --draft distilled", "bench", "bench --roofline", "bench --again", "distill"]
+    "command", ["generate --prompt a", "generate --prompt a --draft distilled", "bench", "bench --roofline", "bench --again", "distill", "distill --batches"]
 )
 def test_a_device_that_is_asked_for_is_the_one_that_computes(command, monkeypatch, capsys):
     def reached(*_, device, **__):
         raise ValueError(f"on {device}")
 
     monkeypatch.setattr(cli, "available", lambda device: {"cuda": "cpu:0", "cpu": "cpu"}[device])
-    for name in ("load_or_train", "load_or_distill", "compare_recipes", "measure_again"):
+    for name in ("load_or_train", "load_or_distill", "compare_recipes", "compare_batches", "measure_again"):
         monkeypatch.setattr(cli, name, reached)
     monkeypatch.setattr(cli.roofline, "survey", reached)
     for asked, there in ((["--device", "cuda"], "cpu:0"), ([], "cpu")):

@@ -15,7 +15,7 @@ from specdec.engine import generate
 from specdec.inference import ready
 from specdec.model import ModelConfig, Transformer
 from specdec.profiles import PROFILES, Phase, Profile, Schedule
-from specdec.reproduce import RECIPES, compare_recipes
+from specdec.reproduce import RECIPES, compare_batches, compare_recipes
 from specdec.sampling import Sampling
 from specdec.train import cross_entropy, load_or_train, train
 
@@ -349,6 +349,30 @@ def test_every_recipe_is_compared_and_recorded(profile, monkeypatch, tmp_path):
     lines = compare_recipes(profile, n_windows=4, say=said.append)
     assert len(lines) == len(said) == 1 + len(RECIPES) == len(report.load_rows("toy", "recipes"))
     assert all(0 <= value <= 1 for line in lines for name, value in line.items() if "T =" in name)
+
+
+def test_a_draft_on_batches_of_its_own_is_compared_with_one_on_the_target_s(profile, monkeypatch, tmp_path):
+    """The schedules of a profile have one seed; in the comparison one draft has another, and reads nothing that was read before."""
+    monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr("specdec.reproduce.tokens_for", lambda profile: toy_data())
+    trainings, original = [], loop.train
+
+    def recorded(model, data, schedule, *, loss, title, **options):
+        trainings.append((title.split()[-1], ids := []))
+        watched = lambda model, i, targets: (ids.append(i), loss(model, i, targets))[1]  # noqa: E731
+        return original(model, data, schedule, loss=watched, title=title, **options)
+
+    monkeypatch.setattr(loop, "train", recorded)
+    lines = compare_batches(replace(profile, distillation=SCHEDULE), n_windows=4, say=lambda line: None)
+    assert [line["recipe"] for line in lines] == [
+        f"{what} {batches}" for batches in ("the target's batches", "batches of its own")
+        for what in ("as trained, on", "control, begun on", "distilled, begun on")
+    ]  # fmt: skip
+    assert [name for name, _ in trainings] == ["target", *["small", "small-cross-entropy", "small-forward-kl"] * 2]
+    target, small, control, distilled, own, own_control, own_distilled = (ids for _, ids in trainings)
+    assert all(map(torch.equal, target, small)) and all(map(torch.equal, control, own_control)) and all(map(torch.equal, distilled, own_distilled))
+    assert not any(torch.equal(a, b) for a in own for b in [*target, *control, *distilled])
+    assert lines[0]["held-out text, T = 1"] != lines[3]["held-out text, T = 1"] and len(report.load_rows("toy", "batches")) == len(lines)
 
 
 def test_unknown_kind_gets_a_sentence_before_any_training(profile, monkeypatch):
