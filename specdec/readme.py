@@ -43,8 +43,10 @@ def headline() -> str:
             continue
         for draft, key in (("as trained", "speedup"), ("distilled", "speedup_distilled")):
             cells = h[key]["T0"], h[key]["T1"], h[f"{key}_block"]["T1"]
-            lines.append(f"| `{profile}`, {h['provenance']['machine'].split(', ')[-1]} | {draft} | {' | '.join(map(_bold, cells))} |")
-            lines += _in_other_processes(profile, "small" if key == "speedup" else "small distilled")
+            machine = h["provenance"]["machine"].split(", ")[-1] + _data_type(profile)
+            lines.append(f"| `{profile}`, {machine} | {draft} | {' | '.join(map(_bold, cells))} |")
+            name = "small" if key == "speedup" else "small distilled"
+            lines += _in_other_processes(profile, name) + _on_the_first_machine(profile, name)
         cells, (a, b, c) = _cells(profile), (h["tokens_per_second"][arm] or 0 for arm in "ABC")
         asides.append(
             f"- `{profile}`{_sizes(profile)}: at T = 1 the target alone writes {a:,.0f} tokens a second, the draft as trained alone "
@@ -69,12 +71,12 @@ def numbers() -> str:
         parts += [_origin(profile), _recipe(profile), _headline_tables(h, profile), _caveat(profile)]
         picture = _picture(profile, "speedup_by_k") or _picture(profile, _experiment(profile))
         parts.append(f"{picture}\n\nPoints: the sweep over k, with its intervals; pale and dashed: predicted.\n" if picture else "")
-        tables = _other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table
+        tables = _other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table, _batches_table
         parts += [table(profile) for table in tables]
         parts.append(_losing_cells(profile))
         parts += [
             _losing_cells(profile, f"benchmark_{file}_machine", where) for file, where in (
-                ("second", " on the second machine"), ("third", " on the third machine"), ("distilled_third", " on the third machine, with drafts trained further"))
+                ("first", " on the first machine"), ("distilled_first", " on the first machine, with drafts trained further"), ("second", " on the second machine"))
         ]  # fmt: skip
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
@@ -165,7 +167,7 @@ def _short(value: float) -> str:
 def _data_type(profile: str) -> str:
     """In what numbers the models decoded, as the roofline found them; empty if it was not measured."""
     try:
-        return f", weights in {load(profile, 'roofline')['values']['steps'][0]['dtype']}"
+        return f", {load(profile, 'roofline')['values']['steps'][0]['dtype']}"
     except (ValueError, KeyError):
         return ""
 
@@ -195,6 +197,16 @@ def _in_other_processes(profile: str, draft: str) -> list[str]:
     return [f"| | in {runs} more processes{_where(profile)}: median (range) | {' | '.join(cells)} |"] if runs else []
 
 
+def _on_the_first_machine(profile: str, draft: str) -> list[str]:
+    """A line of the headline's table: the same on the machine that the profile was measured on before; none if there is none."""
+    result = _finished(profile, "benchmark_distilled_first_machine")
+    if result is None:
+        return []
+    best, as_block, origin = result["values"]["best"], result["values"]["as_block"], result["provenance"]
+    cells = (f"{_speed(line)}, k = {line['k']}" for line in (best[f"{draft} T=0"], best[f"{draft} T=1"], as_block[f"{draft} T=1"]))
+    return [f"| | {result['params']['remark']}, commit {_commit(origin)[:7]} | {' | '.join(cells)} |"]
+
+
 def _again(profile: str) -> str:
     """How the headline's last cell goes with the speed of the target alone from process to process."""
     found = [row for row in load_rows(profile, "runs") if (row["draft"], row["rule"]) == ("small distilled", "block")]
@@ -213,7 +225,7 @@ def _where(profile: str) -> str:
     """On what `make runs` ran, where that is not what the headline is of."""
     runs, origin = load(profile, "runs"), _headline_of(profile)["provenance"]
     machine = runs["provenance"]["machine"]
-    if origin and origin["machine"] == machine:
+    if origin and all(origin.get(key) == runs["provenance"].get(key) for key in ("machine", "bf16")):
         return ""
     return f" on {machine.split(', ')[-1]} with models trained there, in {runs['params']['decoded_in']}"
 
@@ -288,7 +300,7 @@ def _recipe(profile: str) -> str:
     of_it = f" ({params['own_text'] / 1e6:.1f}M tokens of it)" if "own_text" in params else ""
     again = "" if "batches" in params else (
         " Both began with the batches that the draft had been trained on, in the same order, from which a control learns less than from "
-        "others (results/cpu/distillation_third_machine_first.json and, on others, distillation_third_machine.json)."
+        "others (results/cpu/distillation_same_batches.json and, on others, distillation.json)."
     )
     last = f"{kind} on half data and half what the target itself writes at both temperatures{of_it}" if own else f"{kind} on the data"
     return (
@@ -317,6 +329,11 @@ def _offered(params: dict) -> str:
 def _commit(origin: dict) -> str:
     """The commit of a result, and whether the code was exactly that."""
     return f"{origin['commit']}{ {False: '', True: ' with changes', None: ', perhaps with changes'}[origin['dirty']]}"
+
+
+def _machine(origin: dict) -> str:
+    """The machine of a result, in what numbers it computes at its best, and the commit."""
+    return f"{origin['machine']} with{'' if origin['bf16'] else 'out'} bfloat16, commit {_commit(origin)}"
 
 
 def _speed(line: dict | None) -> str:
@@ -352,8 +369,8 @@ def _drafts_table(profile: str) -> str:
 def _elsewhere_table(profile: str) -> str:
     """The same models, measured in other ways or on another machine than the headline's."""
     lines = []
-    ways = {"eager": "eager", "graphs": "CUDA graphs", "two_cores": "two CPU cores", "second_machine": "compiled",
-            "third_machine": "compiled", "distilled_third_machine": "compiled"}  # fmt: skip
+    ways = {"eager": "eager", "graphs": "CUDA graphs", "two_cores": "two CPU cores", "first_machine": "compiled",
+            "distilled_first_machine": "compiled", "second_machine": "compiled"}  # fmt: skip
     for name, how in ((f"benchmark_{name}", how) for name, how in ways.items()):
         result = _finished(profile, name)
         if result is None or name == _experiment(profile):
@@ -448,7 +465,7 @@ def _headline_tables(h: dict, profile: str) -> str:
     ]
     if h["provenance"]:
         p = h["provenance"]
-        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{_data_type(profile)}, commit {_commit(p)}."
+        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{_data_type(profile).replace(', ', ', weights in ')}, commit {_commit(p)}."
                   + (f" The {_offered(params)}." if _offered(params) else ""), ""]
     return "\n".join(lines)
 
@@ -482,7 +499,7 @@ def _peers_table(profile: str) -> str:
     lines = [
         f"The same weights in transformers {version}, in turns with ours on {peers['params']['n_prompts']} texts, each side at the best "
         f"of the settings that were tried, up to k = {longest} for them ({peers['params']['draft']} draft, "
-        f"{peers['provenance']['machine']}, commit {peers['provenance']['commit']}; `make peers`):", "",
+        f"{_machine(peers['provenance'])}; `make peers`):", "",
         "| | temperature | ours, tokens/s | transformers, tokens/s | ours ÷ theirs |", "|---|---|---|---|---|",
     ]  # fmt: skip
     names = {"alone": "target alone", "draft": "with the draft", "lookup": "prompt lookup"}
@@ -495,18 +512,27 @@ def _peers_table(profile: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _recipes_table(profile: str) -> str:
-    rows = load_rows(profile, "recipes")
+def _recipes_table(profile: str, name: str = "recipes") -> str:
+    """What a draft reaches by every recipe, or by what it was trained on."""
+    rows = load_rows(profile, name)
     if not rows:
         return ""
-    columns = [name for name in rows[0] if "T =" in name]
-    lines = ["What a draft may learn from, in equal steps, and the α that it reaches (`make distill`):", "",
-             "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+    columns = [column for column in rows[0] if "T =" in column]
+    result = load(profile, name)
+    about, command = {
+        "recipes": ("What a draft may learn from, in equal steps, and the α that it reaches", "make distill"),
+        "batches": ("What it is worth to a draft that it was trained on the batches of its target, in the same order", "make batches"),
+    }[name]
+    lines = [f"{about} ({_machine(result['provenance'])}; `{command}`):", "", "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {row['recipe']} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for row in rows]
-    if "batches" not in (_finished(profile, "recipes") or {"params": {}})["params"]:
+    if "batches" not in result["params"]:
         lines += ["", "(All began with the batches of the draft's own training. Where a loss other than forward-kl took over on the same text, "
                   "it began with them again, which forward-kl alone did not.)"]  # fmt: skip
     return "\n".join([*lines, ""])
+
+
+def _batches_table(profile: str) -> str:
+    return _recipes_table(profile, "batches")
 
 
 def _cells(profile: str, name: str | None = None) -> list[dict]:

@@ -39,8 +39,24 @@ def test_the_headline_has_every_profile_and_what_to_know_of_it():
     assert f"| | in 3 more processes {where}: median (range) | — | — | 1.75× (1.70 – 1.90) |" in text
     assert f"| | in 3 more processes {where}: median (range) | — | 0.75× (0.70 – 0.90) | — |" in text
     assert "was 1.90 times as fast in the one where the target alone wrote least, 5 tokens a second, and 1.70 times where" in text
-    report.update_headline("seed", origin | {"machine": report.machine()})
+    same = report.load("seed", "runs")["provenance"]
+    report.update_headline("seed", same | {"bf16": not same["bf16"]})
+    assert where in readme.headline()
+    report.update_headline("seed", same)
     assert "| | in 3 more processes: median (range) |" in readme.headline()
+
+
+def test_the_headline_has_the_first_machine_too():
+    report.update_headline("cpu", {"machine": "a processor"})
+    report.record("cpu", "benchmark", params={}, values={"best": {}})
+    assert "a first one" not in readme.headline()
+    line = {"speedup": 1.5, "ci95_low": 1.4, "ci95_high": 1.6, "k": 3}
+    best = {f"{draft} T={t}": line | {"k": 3 + t} for draft in ("small", "small distilled") for t in (0, 1)}
+    report.record("cpu", "benchmark_distilled_first_machine", params={"remark": "a first one"},
+                  values={"best": best, "as_block": {key: cell | {"speedup": 1.45} for key, cell in best.items()}})  # fmt: skip
+    text = readme.headline()
+    assert text.count("| | a first one, commit ") == 2
+    assert text.count("| 1.50× [1.40, 1.60], k = 3 | 1.50× [1.40, 1.60], k = 4 | 1.45× [1.40, 1.60], k = 4 |") == 2
 
 
 def test_the_readme_block_says_what_is_missing_and_prints_what_loses(results):
@@ -132,9 +148,12 @@ def test_peers_and_recipes_are_shown_once_they_are_recorded():
     ratios = {"alone": {"T1": {"value": 2.0, "ci95": [1.9, 2.1]}}, "draft": {"T1": {"value": 5.0, "ci95": [4.5, 5.5]}}}
     report.record("cpu", "peers", params={"draft": "distilled", "transformers": "5.0", "n_prompts": 7}, values={"ours_by_theirs": ratios, "cells": cells})
     report.record("cpu", "recipes", params={}, values={}, rows=[{"recipe": "control", "role": "small", "text, T = 1": 0.5}])
+    assert "make batches" not in readme.numbers() and "began with the batches" in readme.numbers()
+    report.record("cpu", "batches", params={"batches": "others"}, values={}, rows=[{"recipe": "as trained, on its own", "text, T = 1": 0.25}])
     block = readme.numbers()
     assert "| target alone | 1 | 100 | 50 | 2.00× [1.90, 2.10] |" in block
     assert "| with the draft | 1 | 200 | 40 | 5.00× [4.50, 5.50] |" in block
+    assert "| as trained, on its own | 0.250 |" in block and "; `make batches`):" in block and block.count("began with the batches") == 1
     assert "| control | 0.500 |" in block and "on 7 texts, each side at the best of the settings that were tried, up to k = 16 for them" in block
 
 
