@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
         "specdec distill --profile cpu --role small",
     )  # fmt: skip
     sub.add_argument("--role", default="small", help="small or medium (default: small)")
-    sub.add_argument("--batches", action="store_true", help="instead: a draft that was trained on its target's batches and one that drew its own")
+    sub.add_argument("--batches", action="store_true", help="instead: a draft that was trained on its target's batches, and one that "
+                     "drew its own")  # fmt: skip
 
     sub = command(
         "bench", run_bench, "measure the target alone, the draft alone, and both, as notebook 06 does",

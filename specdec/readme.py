@@ -71,12 +71,13 @@ def numbers() -> str:
         parts += [_origin(profile), _recipe(profile), _headline_tables(h, profile), _caveat(profile)]
         picture = _picture(profile, "speedup_by_k") or _picture(profile, _experiment(profile))
         parts.append(f"{picture}\n\nPoints: the sweep over k, with its intervals; pale and dashed: predicted.\n" if picture else "")
-        tables = _other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table, _batches_table
-        parts += [table(profile) for table in tables]
+        tables = _other_run, _runs_table, _drafts_table, _elsewhere_table, _accelerator_table, _peers_table, _recipes_table
+        parts += [*(table(profile) for table in tables), _recipes_table(profile, "batches")]
         parts.append(_losing_cells(profile))
         parts += [
             _losing_cells(profile, f"benchmark_{file}_machine", where) for file, where in (
-                ("first", " on the first machine"), ("distilled_first", " on the first machine, with drafts trained further"), ("second", " on the second machine"))
+                ("first", " on the first machine"), ("distilled_first", " on the first machine, with drafts trained further"),
+                ("second", " on the second machine"))
         ]  # fmt: skip
     return "\n".join(part for part in [*parts, "### The proof\n", _proof_tables()] if part)
 
@@ -529,10 +530,6 @@ def _recipes_table(profile: str, name: str = "recipes") -> str:
         lines += ["", "(All began with the batches of the draft's own training. Where a loss other than forward-kl took over on the same text, "
                   "it began with them again, which forward-kl alone did not.)"]  # fmt: skip
     return "\n".join([*lines, ""])
-
-
-def _batches_table(profile: str) -> str:
-    return _recipes_table(profile, "batches")
 
 
 def _cells(profile: str, name: str | None = None) -> list[dict]:
