@@ -43,8 +43,8 @@ def headline() -> str:
             continue
         for draft, key in (("as trained", "speedup"), ("distilled", "speedup_distilled")):
             cells = h[key]["T0"], h[key]["T1"], h[f"{key}_block"]["T1"]
-            machine = h["provenance"]["machine"].split(", ")[-1] + _data_type(profile)
-            lines.append(f"| `{profile}`, {machine} | {draft} | {' | '.join(map(_bold, cells))} |")
+            where = ", ".join(filter(None, (f"`{profile}`", h["provenance"]["machine"].split(", ")[-1], _data_type(profile))))
+            lines.append(f"| {where} | {draft} | {' | '.join(map(_bold, cells))} |")
             name = "small" if key == "speedup" else "small distilled"
             lines += _in_other_processes(profile, name) + _on_the_first_machine(profile, name)
         cells, (a, b, c) = _cells(profile), (h["tokens_per_second"][arm] or 0 for arm in "ABC")
@@ -168,7 +168,7 @@ def _short(value: float) -> str:
 def _data_type(profile: str) -> str:
     """In what numbers the models decoded, as the roofline found them; empty if it was not measured."""
     try:
-        return f", {load(profile, 'roofline')['values']['steps'][0]['dtype']}"
+        return load(profile, "roofline")["values"]["steps"][0]["dtype"]
     except (ValueError, KeyError):
         return ""
 
@@ -205,7 +205,7 @@ def _on_the_first_machine(profile: str, draft: str) -> list[str]:
         return []
     best, as_block, origin = result["values"]["best"], result["values"]["as_block"], result["provenance"]
     cells = (f"{_speed(line)}, k = {line['k']}" for line in (best[f"{draft} T=0"], best[f"{draft} T=1"], as_block[f"{draft} T=1"]))
-    return [f"| | {result['params']['remark']}, commit {_commit(origin)[:7]} | {' | '.join(cells)} |"]
+    return [f"| | {result['params']['remark']}, commit {_commit(origin)} | {' | '.join(cells)} |"]
 
 
 def _again(profile: str) -> str:
@@ -466,7 +466,8 @@ def _headline_tables(h: dict, profile: str) -> str:
     ]
     if h["provenance"]:
         p = h["provenance"]
-        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{_data_type(profile).replace(', ', ', weights in ')}, commit {_commit(p)}."
+        weights = f", weights in {_data_type(profile)}" if _data_type(profile) else ""
+        lines += [f"Measured on {p['machine']}, {p['threads']} threads, torch {p['versions']['torch']}{weights}, commit {_commit(p)}."
                   + (f" The {_offered(params)}." if _offered(params) else ""), ""]
     return "\n".join(lines)
 
@@ -524,7 +525,8 @@ def _recipes_table(profile: str, name: str = "recipes") -> str:
         "recipes": ("What a draft may learn from, in equal steps, and the α that it reaches", "make distill"),
         "batches": ("What it is worth to a draft that it was trained on the batches of its target, in the same order", "make batches"),
     }[name]
-    lines = [f"{about} ({_machine(result['provenance'])}; `{command}`):", "", "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"{about} ({_machine(result['provenance'])}; `{command}`):", "",
+             "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
     lines += [f"| {row['recipe']} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for row in rows]
     if "batches" not in result["params"]:
         lines += ["", "(All began with the batches of the draft's own training. Where a loss other than forward-kl took over on the same text, "

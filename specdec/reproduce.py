@@ -271,7 +271,8 @@ def compare_batches(profile: Profile, *, role: str = "small", device="cpu", n_wi
 
 
 def _compared(
-    name: str, drafts: Iterable[tuple[str, Transformer, History]], profile: Profile, role: str, device, n_windows: int, say: Callable[[str], None],
+    name: str, drafts: Iterable[tuple[str, Transformer, History]], profile: Profile, role: str, device, n_windows: int,
+    say: Callable[[str], None],
 ) -> list[dict]:  # fmt: skip
     """Record under that name the α of every draft, on held-out text and on what the target wrote at the same temperature.
 

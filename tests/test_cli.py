@@ -100,7 +100,8 @@ def test_a_distilled_model_is_trained_where_the_others_are(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["generate --prompt a", "generate --prompt a --draft distilled", "bench", "bench --roofline", "bench --again", "distill", "distill --batches"]
+    "command", ["generate --prompt a", "generate --prompt a --draft distilled", "bench", "bench --roofline", "bench --again", "distill",
+                "distill --batches"],
 )
 def test_a_device_that_is_asked_for_is_the_one_that_computes(command, monkeypatch, capsys):
     def reached(*_, device, **__):

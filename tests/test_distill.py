@@ -196,6 +196,20 @@ def profile(monkeypatch, tmp_path) -> Profile:
     return Profile("toy", DataConfig(), models, schedules, replace(SCHEDULE, seed=7), PROFILES["ci"].bench)
 
 
+@pytest.fixture
+def trainings(monkeypatch):
+    """Every training from here on: the model's name and the batches that it read."""
+    seen, original = [], loop.train
+
+    def recorded(model, data, schedule, *, loss, title, **options):
+        seen.append((title.split()[-1], ids := []))
+        watched = lambda model, i, targets: (ids.append(i), loss(model, i, targets))[1]  # noqa: E731
+        return original(model, data, schedule, loss=watched, title=title, **options)
+
+    monkeypatch.setattr(loop, "train", recorded)
+    return seen
+
+
 def test_control_and_distillation_differ_in_the_loss_alone(profile, monkeypatch):
     seen = {}
     original = loop.train
@@ -228,24 +242,18 @@ def test_control_and_distillation_differ_in_the_loss_alone(profile, monkeypatch)
 
 
 @pytest.mark.parametrize("texts, divergence", [("data+target", "forward-kl"), ("data", "neg-log-alpha")])
-def test_control_is_split_as_the_distillation_is(profile, monkeypatch, texts, divergence):
+def test_control_is_split_as_the_distillation_is(profile, trainings, texts, divergence):
     """A training begun anew forgets what its optimizer knew. And no training reads the batches of one before it again: the
     distillation's last phase may have other text to read, the control has not."""
-    seen, original = {"draft": [], "cross-entropy": [], "distilled": []}, loop.train
     two = replace(profile, distillation=replace(SCHEDULE, phases=SCHEDULE.phases * 2), texts=texts, divergence=divergence)
-    load_or_train(two, "target")
-    for kind, trainings in seen.items():
-        def recorded(model, data, schedule, *, loss, trainings=trainings, **options):
-            trainings.append(ids := [])
-            watched = lambda model, i, targets: (ids.append(i), loss(model, i, targets))[1]  # noqa: E731
-            return original(model, data, schedule, loss=watched, **options)
-
-        monkeypatch.setattr(loop, "train", recorded)
-        if kind == "draft":
-            load_or_train(two, "small")
-        else:
-            load_or_distill(two, None if kind == "distilled" else kind)
-    (draft,), control, distilled = seen.values()
+    for role in ("target", "small"):
+        load_or_train(two, role)
+    load_or_distill(two, "cross-entropy")
+    load_or_distill(two)
+    last = f"small-{divergence}"
+    assert [name for name, _ in trainings] == ["target", "small", *["small-cross-entropy"] * 2, "small-forward-kl", last]
+    draft, *further = (ids for _, ids in trainings[1:])
+    control, distilled = further[:2], further[2:]
     assert [len(ids) for ids in control] == [len(ids) for ids in distilled] == [6, 6]
     assert all(map(torch.equal, control[0], distilled[0]))
     assert all(map(torch.equal, control[1], distilled[1])) == (texts == "data")
@@ -351,18 +359,10 @@ def test_every_recipe_is_compared_and_recorded(profile, monkeypatch, tmp_path):
     assert all(0 <= value <= 1 for line in lines for name, value in line.items() if "T =" in name)
 
 
-def test_a_draft_on_batches_of_its_own_is_compared_with_one_on_the_target_s(profile, monkeypatch, tmp_path):
+def test_a_draft_on_batches_of_its_own_is_compared_with_one_on_the_target_s(profile, trainings, monkeypatch, tmp_path):
     """The schedules of a profile have one seed; in the comparison one draft has another, and reads nothing that was read before."""
     monkeypatch.setenv("SPECDEC_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr("specdec.reproduce.tokens_for", lambda profile: toy_data())
-    trainings, original = [], loop.train
-
-    def recorded(model, data, schedule, *, loss, title, **options):
-        trainings.append((title.split()[-1], ids := []))
-        watched = lambda model, i, targets: (ids.append(i), loss(model, i, targets))[1]  # noqa: E731
-        return original(model, data, schedule, loss=watched, title=title, **options)
-
-    monkeypatch.setattr(loop, "train", recorded)
     lines = compare_batches(replace(profile, distillation=SCHEDULE), n_windows=4, say=lambda line: None)
     assert [line["recipe"] for line in lines] == [
         f"{what} {batches}" for batches in ("the target's batches", "batches of its own")
