@@ -1,7 +1,7 @@
 // Passes of a Transformer over a few rows, at the speed at which memory delivers its weights; and what a round does with
 // their logits, which elsewhere is sampling.py: probabilities, draws, the token-wise decision.
 //
-// A weight is loaded once and multiplied with up to 12 rows, or 24 where there are 32 registers, while it is in its own; the
+// A weight is loaded once and multiplied with up to 6 rows, or 12 where there are 32 registers, while it is in its own; the
 // sums of all of them stay in the core until they are complete. More rows take a block of weights that was just used out of
 // the nearest cache, and the block after it is asked for meanwhile. A whole pass, or a draft of several tokens, is one call:
 // what lies between two products, and the threads' waiting for each other, would otherwise take as long as the products of a
@@ -199,11 +199,12 @@ const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
   }
 }
 
-// calls `go` with the numbers of panels that can be multiplied with so many rows at once, the largest first
+// calls `go` with the numbers of panels to multiply at once, the largest first. Never one while two are left: a number of a row,
+// loaded once, then serves both, for a core loads no more numbers at a time than it multiplies
 template <typename Go>
 void several_at_once(long rows, Go go) {
   if (rows <= SUMS / 4) go(std::integral_constant<int, 4>());
-  if (rows <= SUMS / 2) go(std::integral_constant<int, 2>());
+  go(std::integral_constant<int, 2>());
   go(std::integral_constant<int, 1>());
 }
 
