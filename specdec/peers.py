@@ -19,7 +19,7 @@ from .model import Transformer
 from .profiles import BenchConfig
 from .sampling import Sampling
 
-LONGER = (16, 24)  # drafted tokens a round, beyond the profile's, which are chosen for our costs
+LONGER = (24,)  # drafted tokens a round, beyond the profile's, which are chosen for our costs
 KINDS = ("alone", "draft", "lookup")  # transformers: generate, the same with an assistant model, or with prompt lookup
 
 

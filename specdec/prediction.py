@@ -5,13 +5,14 @@ Whether the promise is kept is measured in `bench.py`, which runs whole texts. N
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import theory
 from .drafting import Drafter
@@ -188,6 +189,29 @@ def best_as_block(kept: list[Trace], costs: Costs, texts: list[Text], ks: Sequen
     expected = {k: tokens_as_block(kept, k) for k in ks}
     k = max(ks, key=lambda k: expected[k] / spent[k])
     return k, expected[k]
+
+
+def gain_of_stopping(kept: list[Trace], costs: Costs, sure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """By how much, relatively, a drafter that stops early is quicker than the best fixed number of drafts, at most: one that
+    drafts on until the product of ``sure`` falls below a threshold, the best one in hindsight.
+
+    ``sure`` gives a number (n,) in [0, 1] for rows p and q (n, V). ``kept`` are traces with their probabilities and at least one
+    round of the largest k; what a round of fewer drafts yields is its expectation by the token-wise rule given what was drawn.
+    """
+    k = max(len(r.drafted) for t in kept for r in t.rounds)
+    reached, product = [], []
+    for r in (r for t in kept for r in t.rounds if len(r.drafted) == k):
+        p, q = r.target_probs[:k].double(), r.draft_probs.double()
+        drawn = torch.tensor(r.drafted, device=p.device)[:, None]
+        reached.append((p.gather(1, drawn) / q.gather(1, drawn)).clamp(max=1)[:, 0].cumprod(0))
+        product.append(sure(p, q).cumprod(0))
+    tokens, product = 1 + torch.stack(reached).cumsum(1).cpu().numpy(), torch.stack(product).cpu().numpy()  # (rounds, k)
+    spent = np.array([costs.draft(n) + costs.verify(n + 1) + costs.o for n in range(1, k + 1)])
+    speeds = []
+    for least in [*np.geomspace(1e-3, 1, 200), 1 + 1e-9]:
+        last = (product[:, :-1] >= least).sum(1)  # index of the last draft
+        speeds.append(tokens[np.arange(len(last)), last].mean() / spent[last].mean())
+    return float(max(speeds) / (tokens.mean(0) / spent).max() - 1)
 
 
 def agreement(lines: list[dict]) -> dict:

@@ -128,7 +128,7 @@ _CPU = Profile(
     texts="data+target",
     own_text=102_400,  # half of what the last phase reads
     bench=BenchConfig(
-        n_prompts=64, prompt_tokens=32, new_tokens=128, ks=(1, 2, 3, 4, 5, 8, 11), n_sweep_prompts=12, n_untimed_prompts=24,
+        n_prompts=64, prompt_tokens=32, new_tokens=128, ks=(1, 2, 3, 5, 8, 11, 17), n_sweep_prompts=12, n_untimed_prompts=24,
         passes="compiled",
     ),
 )

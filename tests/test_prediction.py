@@ -1,4 +1,5 @@
 import pytest
+import torch
 from conftest import make_model
 
 from specdec import bench, prediction, theory
@@ -74,6 +75,17 @@ def test_the_block_rule_gets_the_k_that_pays(monkeypatch):
     assert prediction.best_as_block([], costs, [([], [3])], (1, 2, 3)) == (2, 3.0)
     dear = prediction.Costs(1.0, {1: 1.0, 3: 50.0}, {1: 1.0, 4: 1.0}, 0.0)
     assert prediction.best_as_block([], dear, [([], [3])], (1, 2, 3)) == (1, 2.0)
+
+
+def test_what_stopping_gains_at_most_is_the_best_threshold_over_the_best_fixed_k():
+    sure, flat, wrong = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
+    rounds = [Round(1, [0, 0, 0], 3, [0] * 4, torch.stack([p] * 4), torch.stack([sure] * 3)) for p in (sure, wrong)]
+    costs = prediction.Costs(1.0, {1: 0.1, 3: 0.3}, {1: 1.0, 4: 1.0}, 0.0)
+    traces = [Trace(rounds=rounds + [Round(9, [0], 0, [1], flat[None], sure[None])])]  # the last has no room for three
+    best = prediction.gain_of_stopping(traces, costs, theory.overlap)  # three drafts where all stay and one where none does
+    assert best == pytest.approx((2.5 / 1.2) / (2.5 / 1.3) - 1)
+    assert prediction.gain_of_stopping(traces, costs, lambda p, q: torch.full((3,), 0.9)) == pytest.approx(0)  # as a fixed k
+    assert prediction.gain_of_stopping(traces, costs, lambda p, q: 1 - theory.overlap(p, q)) < 0  # a sign that misleads
 
 
 def test_agreement_is_relative_and_counts_intervals():
