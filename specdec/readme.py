@@ -223,12 +223,12 @@ def _again(profile: str) -> str:
 
 
 def _where(profile: str) -> str:
-    """On what `make runs` ran, where that is not what the headline is of."""
+    """On what `make runs` ran, and by which code, where that is not what the headline is of."""
     runs, origin = load(profile, "runs"), _headline_of(profile)["provenance"]
-    machine = runs["provenance"]["machine"]
-    if origin and all(origin.get(key) == runs["provenance"].get(key) for key in ("machine", "bf16")):
-        return ""
-    return f" on {machine.split(', ')[-1]} with models trained there, in {runs['params']['decoded_in']}"
+    made = runs["provenance"]
+    if origin and all(origin.get(key) == made.get(key) for key in ("machine", "bf16")):
+        return "" if origin.get("commit") == made["commit"] else f" at commit {_commit(made)}"
+    return f" on {made['machine'].split(', ')[-1]} with models trained there, in {runs['params']['decoded_in']}"
 
 
 def _runs_table(profile: str) -> str:
@@ -436,6 +436,7 @@ def _headline_tables(h: dict, profile: str) -> str:
         return f"{show(h[key]['T0'])} | {show(h[key]['T1'])}"
 
     seconds = h["tokens_per_second"]
+    verified = ", ".join(f"{m} rows v({m}) = {h[f'v{m}']:.2f}" for m in (5, 9) if h[f"v{m}"] is not None)  # k = 4 and 8, if swept
     params = (_finished(profile, _experiment(profile)) or {"params": {}})["params"]
     lines = [
         "| | temperature 0 | temperature 1 |",
@@ -455,7 +456,7 @@ def _headline_tables(h: dict, profile: str) -> str:
         "",
         f"Tokens per second at temperature 1, draft as trained: A (target alone) {number(seconds['A'], 0)}, B (draft alone) "
         f"{number(seconds['B'], 0)}, C (both) {number(seconds['C'], 0)}. In units of one target step, timed beside the sweep over k: "
-        f"draft step c = {number(h['c'], 3)}, verifying 5 rows v(5) = {number(h['v5'])}, 9 rows v(9) = {number(h['v9'])}, the "
+        f"draft step c = {number(h['c'], 3)}, verifying {verified or 'not measured yet'}, the "
         f"decision o = {number(h['o'], 3)}. (c is of the longest drafts, divided by their k; it need not be A ÷ B, since B draws "
         f"one token a call{', of all ids' if _offered(params) else ''}, and C all drafts of a round, after a verifying pass.)",
         "",

@@ -44,6 +44,8 @@ def test_the_headline_has_every_profile_and_what_to_know_of_it():
     assert where in readme.headline()
     report.update_headline("seed", same)
     assert "| | in 3 more processes: median (range) |" in readme.headline()
+    report.update_headline("seed", same | {"commit": "0123456789ab"})
+    assert f"| | in 3 more processes at commit {same['commit']}" in readme.headline()
 
 
 def test_the_headline_has_the_first_machine_too():
