@@ -193,7 +193,7 @@ def best_as_block(kept: list[Trace], costs: Costs, texts: list[Text], ks: Sequen
 
 def gain_of_stopping(kept: list[Trace], costs: Costs, sure: Callable[[Tensor, Tensor], Tensor]) -> float:
     """By how much, relatively, a drafter that stops early is quicker than the best fixed number of drafts, at most: one that
-    drafts on until the product of ``sure`` falls below a threshold, the best one in hindsight.
+    drafts on until the product of ``sure`` falls below a threshold, the best one in hindsight. Less than 0 if none is as good.
 
     ``sure`` gives a number (n,) in [0, 1] for rows p and q (n, V). ``kept`` are traces with their probabilities and at least one
     round of the largest k; what a round of fewer drafts yields is its expectation by the token-wise rule given what was drawn.
