@@ -26,9 +26,9 @@ class Draft(NamedTuple):
 
 
 class Drafter(Protocol):
-    """The whole contract. A decision to propose fewer than k tokens may depend on q, never on a token drawn from it:
-    dropping a drawn token changes the law of what is left. A drafter knows one text at a time; to begin another before one
-    has ended takes another drafter."""
+    """The whole contract. A decision to draft no further may depend on q and on what was drawn, but whatever was drawn is
+    proposed: dropping a drawn token changes the law of what is left. A drafter knows one text at a time; to begin another before
+    one has ended takes another drafter."""
 
     n_ids: int  # size V of the rows of q; must equal the target's
     context: int | None  # longest text it can read, drafted tokens included; None has no limit

@@ -199,8 +199,8 @@ const Factor<W, T>* factors(const T* x, long& stride, long rows, long width) {
   }
 }
 
-// calls `go` with the numbers of panels to multiply at once, the largest first. Never one while two are left: a core loads no more
-// numbers at a time than it multiplies, so a number of a row, once loaded, had better serve two
+// calls `go` with the numbers of panels to multiply at once, the largest first. Never one while two are left: a core loads no
+// more numbers at a time than it multiplies, so a number of a row, once loaded, had better serve two
 template <typename Go>
 void several_at_once(long rows, Go go) {
   if (rows <= SUMS / 4) go(std::integral_constant<int, 4>());

@@ -117,6 +117,17 @@ def test_the_context_limit_inside_a_block(proof, rule, k, pair):
     assert {len(text) for text in exact} == {4}
 
 
+class StopsByToken(DraftModel):
+    """Drafts on only while it has not drawn id 0, which it proposes all the same: a stop may go by what was drawn."""
+
+    def offered(self, token, q):
+        self.newest = int(token)
+        return super().offered(token, q)
+
+    def goes_on(self, rows):
+        return not rows or self.newest != 0
+
+
 @pytest.mark.parametrize(("rule", "k"), CASES)
 def test_other_drafters(proof, rule, k):
     target, draft = models()
@@ -124,6 +135,7 @@ def test_other_drafters(proof, rule, k):
     drafters = {
         "a draft of fewer ids": DraftModel(trimmed(draft, fewer)), "prompt lookup": PromptLookup(V),
         "the target as its draft": DraftModel(target), "a draft that stops when unsure": AdaptiveDraftModel(draft, least=0.5),
+        "a draft that stops by what it drew": StopsByToken(draft),
     }  # fmt: skip
     where, sampling, n = (", top-k 2", Sampling(top_k=2), 4) if k == 3 else ("", Sampling(), 3)
     options = dict(rule=rule, sampling=sampling)
