@@ -521,17 +521,13 @@ def _recipes_table(profile: str, name: str = "recipes") -> str:
     if not rows:
         return ""
     columns = [column for column in rows[0] if "T =" in column]
-    result = load(profile, name)
     about, command = {
         "recipes": ("What a draft may learn from, in equal steps, and the α that it reaches", "make distill"),
         "batches": ("What it is worth to a draft that it was trained on the batches of its target, in the same order", "make batches"),
     }[name]
-    lines = [f"{about} ({_machine(result['provenance'])}; `{command}`):", "",
+    lines = [f"{about} ({_machine(load(profile, name)['provenance'])}; `{command}`):", "",
              "| recipe | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
     lines += [f"| {row['recipe']} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for row in rows]
-    if "batches" not in result["params"]:
-        lines += ["", "(All began with the batches of the draft's own training. Where a loss other than forward-kl took over on the same text, "
-                  "it began with them again, which forward-kl alone did not.)"]  # fmt: skip
     return "\n".join([*lines, ""])
 
 
