@@ -98,8 +98,7 @@ class DraftModel:
 
 class AdaptiveDraftModel(DraftModel):
     """Drafts on while it is sure of itself: until the product of the largest probabilities of its rows q falls below
-    ``least``. It looks at q alone and never at what was drawn from it, and what was drawn stays, so nothing is lost. At
-    temperature 0 q is one-hot, as sure as can be, and it never stops."""
+    ``least``. What was drawn stays, so nothing is lost. At temperature 0 q is one-hot, as sure as can be, and it never stops."""
 
     def __init__(self, model: Model, *, least: float = 0.3):
         super().__init__(model)
